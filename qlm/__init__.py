@@ -1,0 +1,36 @@
+"""qlm: quantize, fine-tune, evaluate and run OPT, GPT-NeoX and GPTBigCode models.
+
+Importing it does nothing; each name below is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlm.evaluate import Evaluation, evaluate
+    from qlm.generate import generate
+    from qlm.load import load, load_tokenizer
+    from qlm.quantize import quantize, quantize_model
+    from qlm.recipe import load_recipe
+
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "generate",
+    "load",
+    "load_recipe",
+    "load_tokenizer",
+    "quantize",
+    "quantize_model",
+]
+
+_HOMES = {
+    "Evaluation": "evaluate", "evaluate": "evaluate", "generate": "generate", "load": "load", "load_recipe": "recipe",
+    "load_tokenizer": "load", "quantize": "quantize", "quantize_model": "quantize",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"qlm.{_HOMES[name]}"), name)

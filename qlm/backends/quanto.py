@@ -1,0 +1,113 @@
+"""quanto: weights as optimum-quanto stores them, for comparison. Quantized and run by quanto itself; its only door is here.
+
+Stored as quanto does: its tensors in safetensors, and `quanto_qmap.json`, which names the type of each quantized linear.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlm.backends.base import Description, QuantizedLinear, Scheme, Statistics, TensorLayout, relative_error
+from qlm.errors import DataError, Unavailable
+from qlm.recipe import LinearSettings
+
+MAP_FILE = "quanto_qmap.json"
+QTYPES = {"qint8": 8, "qint4": 4, "qfloat8": 8}
+# quanto names its fp8 type by the format.
+QUANTO_NAMES = {"qint8": "qint8", "qint4": "qint4", "qfloat8": "qfloat8_e4m3fn"}
+GROUP_SIZE = 128
+
+
+@dataclass(frozen=True)
+class QuantoFormat:
+    qtype: str
+
+
+def _quanto() -> Any:
+    try:
+        from optimum import quanto
+    except ImportError:
+        raise Unavailable("backend quanto needs the package optimum-quanto; install qlm with its extra: qlm[quanto]") from None
+    return quanto
+
+
+def _empty(shape: tuple[int, int], bias: bool, qtype: str, dtype: torch.dtype) -> nn.Module:
+    quanto = _quanto()
+    return quanto.QLinear(
+        shape[1], shape[0], bias=bias, dtype=dtype, device="cpu", weights=quanto.qtypes[QUANTO_NAMES[qtype]], activations=None
+    )
+
+
+class QuantoBackend:
+    name = "quanto"
+    needs_calibration = False
+
+    def check(self, name: str, shape: tuple[int, int], settings: LinearSettings) -> None:
+        _quanto()
+
+    def quantize(
+        self, weights: Mapping[str, Tensor], statistics: Statistics | None, settings: LinearSettings
+    ) -> list[QuantizedLinear]:
+        quantized = []
+        for name, weight in weights.items():
+            if not bool(weight.isfinite().all()):
+                raise DataError(f"{name}.weight: a weight is NaN or infinite; the checkpoint is damaged")
+            module = _empty((weight.shape[0], weight.shape[1]), False, settings.qtype, weight.dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            module.freeze()
+            tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
+            error = relative_error(weight, module.weight.dequantize().float())
+            facts = {"method": settings.qtype, "bits": QTYPES[settings.qtype], "relative_error": error}
+            quantized.append(QuantizedLinear(tensors, facts))
+        return quantized
+
+    def format(self, settings: LinearSettings, dtype: torch.dtype) -> QuantoFormat:
+        return QuantoFormat(settings.qtype)
+
+    def layout(self, shape: tuple[int, int], format: QuantoFormat) -> dict[str, TensorLayout]:
+        # Which tensors quanto writes is quanto's own business: ask it.
+        module = _empty(shape, False, format.qtype, torch.float16)
+        module.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float16), requires_grad=False)
+        module.freeze()
+        floats = frozenset({torch.float16, torch.bfloat16, torch.float32})
+        return {
+            name: TensorLayout(tuple(tensor.shape), floats if tensor.dtype == torch.float16 else frozenset({tensor.dtype}))
+            for name, tensor in module.state_dict().items()
+        }
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], format: QuantoFormat) -> Tensor:
+        return self.module(tensors, None, shape, format, torch.float32).weight.dequantize().float()  # type: ignore[union-attr]
+
+    def module(
+        self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: QuantoFormat, dtype: torch.dtype
+    ) -> nn.Module:
+        module = _empty(shape, bias is not None, format.qtype, dtype)
+        # quanto computes in the dtype of its scales and shifts.
+        state = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
+            for name, tensor in tensors.items()
+        }
+        if bias is not None:
+            state["bias"] = bias.to(dtype)
+        module.load_state_dict(state, assign=True)
+        return module
+
+    def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
+        linears = {name: {"weights": QUANTO_NAMES[how.qtype], "activations": "none"} for name, how in scheme.items()}
+        return Description(None, {MAP_FILE: linears})
+
+    def read(self, config: Mapping[str, Any], linears: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+        types = {stored: name for name, stored in QUANTO_NAMES.items()}
+        scheme = {}
+        for name, entry in config.items():
+            stored = entry.get("weights") if isinstance(entry, Mapping) else None
+            if name not in linears or stored not in types or entry.get("activations", "none") != "none":
+                raise DataError(
+                    f"{MAP_FILE}: {name!r}: {entry!r}; qlm reads linears of the model with weights {sorted(types)} and no "
+                    "quantized activations"
+                )
+            scheme[name] = QuantoFormat(types[stored])
+        return scheme

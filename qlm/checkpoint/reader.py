@@ -1,0 +1,269 @@
+"""A model folder opened for reading: its config, and its tensors one at a time.
+
+Which files are read is decided here, in this order: safetensors (single, sharded, or the one file that AutoGPTQ names
+after its settings), then PyTorch's `.bin`. Two candidates of equal rank are an error; nothing is guessed.
+
+Tensors are read with `pread` into fresh memory and not mapped: pages of a mapped file count as the process's memory
+until the system takes them back, so that a loop over the blocks of a model would seem to need all of it, and a file
+that shrinks under a map kills the process.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from qlm.arch import FAMILIES
+from qlm.checkpoint import hub, strict_json
+from qlm.checkpoint.config import read_config
+from qlm.checkpoint.folder import ModelFolder, is_plain_name, read_into, resolve_model_folder
+from qlm.checkpoint.names import check_tensors
+from qlm.checkpoint.safetensors_header import TensorInfo, header_length, parse_header
+from qlm.checkpoint.unpickle import read_bin
+from qlm.errors import DataError, MissingInput, Unavailable
+
+__all__ = ["Checkpoint", "TensorInfo", "check_tensors", "read_config"]
+
+MAX_CONFIG_BYTES = 4 << 20
+# Files besides weights whose content decides what a model computes or how its text is tokenized.
+_MATTERING = (
+    "config.json",
+    "quantize_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Files and tensors of one checkpoint, in file order."""
+
+    files: tuple[str, ...]
+    tensors: Mapping[str, TensorInfo]
+
+
+class Checkpoint:
+    """A model folder whose every header has been checked. Open one with `Checkpoint.open`.
+
+    Attributes:
+        folder: the folder with the files (for a hub id, the snapshot in the cache).
+        config: `config.json` as it stands; `read_config` checks it.
+        tensors: name -> where the tensor lies and what it is, in file order.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._folder = folder
+        self.folder = folder.folder
+        config = self.read_json("config.json", MAX_CONFIG_BYTES)
+        if config is None:
+            raise MissingInput(f"{self.folder}: has no config.json; expected a model folder")
+        self.config: dict[str, Any] = config
+        weights = _find_weights(folder, config)
+        self._weight_files = weights.files
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(weights.tensors))
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None = None) -> "Checkpoint":
+        """Open a local folder, a folder of the hub client's cache, or a hub id (`org/name`), which is downloaded first.
+
+        Raises:
+            MissingInput: there is no such folder or repository, or it lacks a file.
+            DataError: a file is damaged or not what it should be.
+            UsageError: `revision` with a folder that has no revisions.
+        """
+        text = os.fspath(model)
+        if "\0" in text or not text:
+            raise MissingInput(f"model {text!r} is not a path or a hub id")
+        path = Path(text).expanduser()
+        if hub.is_hub_id(text) and not os.path.lexists(path):
+            return cls(ModelFolder(hub.download(text, revision)))
+        return cls(ModelFolder(resolve_model_folder(path, revision)))
+
+    @property
+    def source(self) -> str:
+        """The folder, for errors."""
+        return str(self.folder)
+
+    @property
+    def config_source(self) -> str:
+        """The path of `config.json`, for errors."""
+        return str(self.folder / "config.json")
+
+    @property
+    def quantize_config(self) -> dict[str, Any] | None:
+        """How the weights are quantized: `quantization_config` of `config.json`, else AutoGPTQ's
+        `quantize_config.json`, else None.
+        """
+        inside = self.config.get("quantization_config")
+        if inside is None:
+            return self.read_json("quantize_config.json", MAX_CONFIG_BYTES)
+        if not isinstance(inside, dict):
+            raise DataError(
+                f"{self.config_source}: quantization_config is a {type(inside).__name__}; expected an object"
+            )
+        return inside
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in fresh CPU memory, row-major.
+
+        Raises:
+            KeyError: no such tensor.
+            DataError: the file has become shorter since it was opened, or a bool is neither 0 nor 1.
+            Unavailable: not enough memory.
+        """
+        info = self.tensors[name]
+        itemsize = info.dtype.itemsize
+        if info.stride is None:
+            shape, count = info.shape, math.prod(info.shape)
+        else:
+            count = 1 + sum((size - 1) * stride for size, stride in zip(info.shape, info.stride, strict=True))
+            shape = (count,)
+        try:
+            tensor = torch.empty(shape, dtype=info.dtype)
+        except RuntimeError:
+            raise Unavailable(
+                f"{info.file}: tensor {name!r} takes {count * itemsize} bytes of memory, which could not be had"
+            ) from None
+        if count:
+            buffer = tensor.reshape(-1).view(torch.uint8).numpy()
+            with self._folder.open(info.file.name) as descriptor:
+                read_into(descriptor, buffer.data, info.offset, info.file)
+            if info.dtype == torch.bool and buffer.max() > 1:
+                raise DataError(f"{info.file}: tensor {name!r} is bool, but has bytes other than 0 and 1")
+        return tensor if info.stride is None else tensor.as_strided(info.shape, info.stride).contiguous()
+
+    def read_json(self, filename: str, max_bytes: int = strict_json.MAX_JSON_BYTES) -> dict[str, Any] | None:
+        """The JSON object in a file of the folder, or None when there is no such file."""
+        if self._folder.path(filename) is None:
+            return None
+        return strict_json.load_object(self._folder.read(filename, max_bytes), str(self.folder / filename), max_bytes)
+
+    def path(self, filename: str) -> Path | None:
+        """Path of a file of the folder, or None when there is none. Raises DataError when it leads elsewhere."""
+        return self._folder.path(filename)
+
+    def files(self) -> list[Path]:
+        """The files whose content decides what the model computes: weights, their index, config and tokenizer; sorted
+        by name.
+        """
+        small = [name for name in _MATTERING if self._folder.path(name) is not None]
+        return [self.folder / name for name in sorted({*self._weight_files, *small})]
+
+
+def _find_weights(folder: ModelFolder, config: Mapping[str, Any]) -> _Weights:
+    names = folder.names()
+    safetensors = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
+    for suffix, single, read_header in (
+        (".safetensors", "model.safetensors", _read_safetensors),
+        (".bin", "pytorch_model.bin", _read_bin),
+    ):
+        indexes = [name for name in names if name.endswith(f"{suffix}.index.json")]
+        if suffix == ".bin":
+            indexes = [name for name in indexes if name == "pytorch_model.bin.index.json"]
+        if len(indexes) > 1 or (indexes and single in names):
+            both = [*indexes, *[single] * (single in names)]
+            raise DataError(
+                f"{folder.folder}: has {' and '.join(both)}; which of them describes the weights is not clear; remove "
+                "one"
+            )
+        if indexes:
+            return _read_shards(folder, indexes[0], suffix, read_header, _tied_heads(config))
+        if single not in names and suffix == ".safetensors" and safetensors:
+            if len(safetensors) > 1:
+                raise DataError(
+                    f"{folder.folder}: has {len(safetensors)} safetensors files ({safetensors[0]}, ...) and no index; "
+                    "expected model.safetensors.index.json, which says what lies where"
+                )
+            single = safetensors[0]
+        if single in names:
+            return _Weights((single,), read_header(folder, single))
+    adapter = "; it is an adapter, give the folder of the model it belongs to" if "adapter_config.json" in names else ""
+    raise MissingInput(
+        f"{folder.folder}: has no weights; expected model.safetensors, pytorch_model.bin or an index of either{adapter}"
+    )
+
+
+def _read_safetensors(folder: ModelFolder, name: str) -> dict[str, TensorInfo]:
+    file = folder.folder / name
+    with folder.open(name) as descriptor:
+        size = os.fstat(descriptor).st_size
+        first = bytearray(min(9, size))
+        read_into(descriptor, memoryview(first), 0, file)
+        header = bytearray(header_length(bytes(first), size, str(file)))
+        read_into(descriptor, memoryview(header), 8, file)
+    return parse_header(bytes(header), file, size)
+
+
+def _read_bin(folder: ModelFolder, name: str) -> dict[str, TensorInfo]:
+    real = folder.real_path(name)
+    if real is None:
+        raise MissingInput(f"{folder.folder / name}: no such file")
+    return read_bin(real, folder.folder / name)
+
+
+def _read_shards(
+    folder: ModelFolder,
+    index_name: str,
+    suffix: str,
+    read_header: Callable[[ModelFolder, str], dict[str, TensorInfo]],
+    tied_heads: frozenset[str],
+) -> _Weights:
+    """The tensors of all shards. Each tensor must lie in exactly the shard that the index names, and each shard hold no
+    other.
+    """
+    source = str(folder.folder / index_name)
+    index = strict_json.load_object(folder.read(index_name, strict_json.MAX_JSON_BYTES), source)
+    unknown = sorted(index.keys() - {"metadata", "weight_map"})
+    weight_map = index.get("weight_map")
+    if unknown or not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f"{source}: expected an object with metadata and weight_map; found {sorted(index)!r}")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not is_plain_name(shard) or not shard.endswith(suffix):
+            raise DataError(
+                f"{source}: tensor {tensor!r} is said to lie in {shard!r}; expected the plain name of a {suffix} file "
+                "in the folder"
+            )
+        shards.setdefault(shard, set()).add(tensor)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(shards):
+        if folder.path(shard) is None:
+            raise MissingInput(
+                f"{folder.folder / shard}: missing; {index_name} says that it holds {len(shards[shard])} tensors; "
+                "download it again"
+            )
+        found = read_header(folder, shard)
+        # Converters drop a head that shares the embedding's memory from the shard and forget it in the index (bigcode's
+        # octocoder).
+        missing = sorted(shards[shard] - found.keys() - tied_heads)
+        extra = sorted(found.keys() - shards[shard])
+        if missing:
+            raise DataError(
+                f"{folder.folder / shard}: lacks {missing[0]!r} ({len(missing)} in all), which {index_name} says it "
+                "holds"
+            )
+        if extra:
+            where = f"lies in {weight_map[extra[0]]!r}" if extra[0] in weight_map else "does not exist"
+            raise DataError(
+                f"{folder.folder / shard}: holds {extra[0]!r} ({len(extra)} in all), which {where} according to "
+                f"{index_name}"
+            )
+        tensors.update(found)
+    return _Weights((index_name, *sorted(shards)), tensors)
+
+
+def _tied_heads(config: Mapping[str, Any]) -> frozenset[str]:
+    """The head's name when it is the embedding, so that the file need not hold it."""
+    family = FAMILIES.get(config["model_type"]) if isinstance(config.get("model_type"), str) else None
+    if family is None or not config.get("tie_word_embeddings", family.head_tied):
+        return frozenset()
+    return frozenset({f"{family.published_head}.weight"})

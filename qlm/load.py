@@ -1,0 +1,400 @@
+"""From a folder or hub id to transformers' own model: float, or quantized by any backend, ours or somebody else's.
+
+This is the project's only door to transformers' model and tokenizer classes. Classes are picked by family and task, never by what
+a folder names. A model starts as a skeleton without memory (parameters on the meta device, buffers real), and tensors are read
+into it one at a time, so that loading never holds a checkpoint twice; `quantize` fills one block at a time the same way.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qlm.arch import FamilySpec, Task
+from qlm.backends import BACKENDS, Backend, backend_of
+from qlm.backends.quanto import MAP_FILE as QUANTO_MAP
+from qlm.checkpoint.reader import Checkpoint, check_tensors, read_config
+from qlm.errors import DataError, MissingInput, Unavailable, UsageError
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been checked against what its config implies, ready to be read into a skeleton.
+
+    Attributes:
+        scheme: path of each quantized linear (as in memory) to how `backend` stores it; empty for a float checkpoint.
+        file_names: name of each tensor (as in memory) to its name in the files.
+        dtype: of the embedding in the files.
+    """
+
+    checkpoint: Checkpoint
+    spec: FamilySpec
+    config: Any
+    backend: Backend | None
+    scheme: Mapping[str, Any]
+    file_names: Mapping[str, str]
+    dtype: torch.dtype
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name in memory, as the file holds it. Raises DataError for NaN or infinite values."""
+        tensor = self.checkpoint.read(self.file_names[name])
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            where = (~tensor.isfinite()).flatten().nonzero()
+            raise DataError(
+                f"{self.file_names[name]}: {len(where)} of {tensor.numel()} values are NaN or infinite, the first at index "
+                f"{int(where[0])}; the checkpoint is damaged"
+            )
+        return tensor
+
+
+def build_config(spec: FamilySpec, fields: Mapping[str, Any]) -> Any:
+    """transformers' config of the family, built from checked fields."""
+    import transformers
+
+    try:
+        return getattr(transformers, spec.config_class)(**fields)
+    except Exception as error:  # transformers' strict configs raise several types of their own
+        raise DataError(f"config.json: {type(error).__name__}: {error}") from None
+
+
+def model_class(spec: FamilySpec, task: Task) -> type[nn.Module]:
+    """transformers' class for a task. Raises UsageError where the family has none."""
+    import transformers
+
+    if task not in spec.model_classes:
+        raise UsageError(f"task: {spec.model_type} has no class for {task!r}; it has {', '.join(spec.model_classes)}")
+    return cast(type[nn.Module], getattr(transformers, spec.model_classes[task]))
+
+
+def check_attention(attn_implementation: str, device: str) -> None:
+    """Refuse an attention implementation that cannot run here."""
+    if attn_implementation not in ATTENTION:
+        raise UsageError(f"attn_implementation: {attn_implementation!r}; expected one of {', '.join(ATTENTION)}")
+    if attn_implementation == "flash_attention_2":
+        from transformers.utils import is_flash_attn_2_available
+
+        if not device.startswith("cuda"):
+            raise Unavailable(f"attn_implementation: flash_attention_2 runs on CUDA only, not on {device!r}; use 'sdpa'")
+        if not is_flash_attn_2_available():
+            raise Unavailable("attn_implementation: flash_attention_2 needs the package flash-attn; install it or use 'sdpa'")
+
+
+def skeleton(spec: FamilySpec, config: Any, task: Task, attn_implementation: str) -> Any:
+    """The model without memory: parameters on the meta device, buffers (rotary frequencies, masks) real."""
+    from accelerate import init_empty_weights
+
+    config._attn_implementation = attn_implementation
+    with init_empty_weights(include_buffers=False):
+        model = model_class(spec, task)(config)
+    return model.eval()
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def in_block(path: str) -> bool:
+    """Whether a path leads into one of the blocks: those are the only lists in these families."""
+    return any(part.isdigit() for part in path.split("."))
+
+
+def block_paths(spec: FamilySpec, model: Any) -> list[str]:
+    """Path of each block in the model."""
+    prefix = spec.blocks if type(model).__name__ == spec.model_classes["base"] else f"{spec.prefix}.{spec.blocks}"
+    return [f"{prefix}.{i}" for i in range(len(model.get_submodule(prefix)))]
+
+
+def _file_name(spec: FamilySpec, name: str, task: Task, files: Checkpoint, base_only: bool) -> str:
+    """A tensor's name in the files: the head under its published name, the base model with or without its prefix."""
+    head = f"{spec.head}."
+    if task == "causal-lm" and name.startswith(head):
+        published = f"{spec.published_head}.{name.removeprefix(head)}"
+        # GPTQModel writes GPT-NeoX's head under its name in memory.
+        return name if published not in files.tensors and name in files.tensors else published
+    if task == "base":
+        return name if base_only else f"{spec.prefix}.{name}"
+    return name.removeprefix(f"{spec.prefix}.") if base_only else name
+
+
+def open_source(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    task: Task = "causal-lm",
+    attn_implementation: str = "sdpa",
+    new_head: bool = False,
+) -> tuple[Source, Any]:
+    """Open a checkpoint, check every tensor's name, shape and dtype, and build the skeleton to read it into.
+
+    Raises:
+        MissingInput, DataError: see checkpoint/reader.py; one line that names file and tensor.
+    """
+    checkpoint = Checkpoint.open(model, revision)
+    spec, fields = read_config(checkpoint)
+    config = build_config(spec, fields)
+    empty = skeleton(spec, config, task, attn_implementation)
+
+    tensors = checkpoint.tensors
+    base_only = not any(name.startswith(f"{spec.prefix}.") for name in tensors)
+    embedding = (spec.embedding if base_only else f"{spec.prefix}.{spec.embedding}") + ".weight"
+    dtype = tensors[embedding].dtype if embedding in tensors else torch.float32
+    backend, scheme = _read_scheme(checkpoint, empty, dtype)
+
+    expected: dict[str, tuple[tuple[int, ...], frozenset[torch.dtype]]] = {}
+    optional: set[str] = set()
+    file_names: dict[str, str] = {}
+
+    def expect(name: str, shape: tuple[int, ...], dtypes: frozenset[torch.dtype]) -> None:
+        file_names[name] = _file_name(spec, name, task, checkpoint, base_only)
+        expected[file_names[name]] = (shape, dtypes)
+
+    tied = set(_tied_names(spec, config, task))
+    for name, parameter in empty.named_parameters(remove_duplicate=False):
+        path = name.rpartition(".")[0]
+        if path in scheme and name.endswith(".weight"):
+            assert backend is not None
+            rows, columns = parameter.shape
+            for suffix, layout in backend.layout((rows, columns), scheme[path]).items():
+                expect(f"{path}.{suffix}", layout.shape, layout.dtypes)
+        else:
+            expect(name, tuple(parameter.shape), FLOATS)
+        if name in tied:
+            optional.add(file_names[name])
+        if new_head and task not in ("causal-lm", "base") and not name.startswith(f"{spec.prefix}."):
+            optional.add(file_names[name])
+
+    for name in optional:
+        if name not in tensors:
+            del expected[name]
+    prefix = "" if base_only else rf"{spec.prefix}\."
+    ignored = [prefix + pattern for pattern in spec.ignored_tensors]
+    if task != "causal-lm":
+        ignored.append(rf"({spec.published_head}|{spec.head})\.weight")
+    if new_head or task == "base":
+        ignored.append(r"(score|qa_outputs|classifier)\.(weight|bias)")
+    check_tensors(checkpoint, expected, ignored)
+    source = Source(checkpoint, spec, config, backend, scheme, file_names, dtype)
+    _check_tied_head(source, task)
+    return source, empty
+
+
+def _read_scheme(checkpoint: Checkpoint, empty: Any, dtype: torch.dtype) -> tuple[Backend | None, dict[str, Any]]:
+    linears = linear_paths(empty)
+    if checkpoint.quantize_config is not None:
+        backend = backend_of(checkpoint.quantize_config)
+        return backend, backend.read(checkpoint.quantize_config, linears, dtype)
+    quanto_map = checkpoint.read_json(QUANTO_MAP)
+    if quanto_map is not None:
+        return BACKENDS["quanto"], BACKENDS["quanto"].read(quanto_map, linears, dtype)
+    return None, {}
+
+
+def _tied_names(spec: FamilySpec, config: Any, task: Task) -> list[str]:
+    return [f"{spec.head}.weight"] if task == "causal-lm" and config.tie_word_embeddings else []
+
+
+def _check_tied_head(source: Source, task: Task) -> None:
+    """Some files repeat the tied head. If the copies differ, either reading is wrong for somebody."""
+    for name in _tied_names(source.spec, source.config, task):
+        if source.file_names[name] in source.checkpoint.tensors:
+            embedding = f"{source.spec.prefix}.{source.spec.embedding}.weight"
+            if not torch.equal(source.read(name), source.read(embedding)):
+                raise DataError(
+                    f"{source.file_names[name]}: differs from {source.file_names[embedding]}, but config.json ties them "
+                    "(tie_word_embeddings); set it to false if the head is its own matrix"
+                )
+
+
+def fill(model: Any, source: Source, path: str = "", *, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Read everything under `path` (the whole model by default) into the skeleton: floats as `dtype`, quantized linears as modules.
+
+    Tied heads are left to `tie_head`.
+    """
+    within = f"{path}." if path else ""
+    for name in [n for n in source.scheme if n == path or n.startswith(within)]:
+        _set_module(model, name, _quantized_module(source, model.get_submodule(name), name, dtype, device))
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name.startswith(within) and parameter.is_meta and source.file_names[name] in source.checkpoint.tensors:
+            set_parameter(model, name, source.read(name).to(device=device, dtype=dtype))
+    for name, buffer in model.named_buffers():
+        if name.startswith(within) and buffer.device != torch.device(device):
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+
+def _quantized_module(source: Source, linear: nn.Linear, path: str, dtype: torch.dtype, device: str) -> nn.Module:
+    assert source.backend is not None
+    shape = (linear.out_features, linear.in_features)
+    tensors = {
+        suffix: source.read(f"{path}.{suffix}").to(device) for suffix in source.backend.layout(shape, source.scheme[path])
+    }
+    bias = source.read(f"{path}.bias").to(device) if linear.bias is not None else None
+    try:
+        return source.backend.module(tensors, bias, shape, source.scheme[path], dtype).eval()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
+
+
+def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+
+
+def tie_head(model: Any, source: Source, task: Task) -> None:
+    """Make the head the embedding, where the config says so."""
+    for name in _tied_names(source.spec, source.config, task):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_input_embeddings().weight
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: str, spec: FamilySpec) -> torch.dtype:
+    """What a model computes in. None or "auto": fp32 on a CPU; on a GPU bf16 where the hardware has it, else fp16, but fp32 for OPT,
+    whose residuals overflow fp16."""
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype, None)
+        if dtype not in FLOATS:
+            raise UsageError("dtype: expected one of auto, float32, bfloat16, float16")
+    if isinstance(dtype, torch.dtype):
+        if dtype not in FLOATS:
+            raise UsageError(f"dtype: {dtype}; expected float32, bfloat16 or float16")
+        return dtype
+    if not device.startswith("cuda"):
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32 if spec.model_type == "opt" else torch.float16
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"device: {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Unavailable(f"device: {device!r}, but torch sees no CUDA GPU here; use 'cpu'")
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device: {device!r}; expected 'cpu', 'cuda' or 'cuda:N'")
+
+
+def load(
+    model: str | Path,
+    *,
+    task: Task = "causal-lm",
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+    new_head: bool = False,
+) -> Any:
+    """Load a float or quantized model of one of the three families as transformers' own class.
+
+    Args:
+        model: a folder, a hub cache folder, or a hub id (`facebook/opt-125m`).
+        task: "causal-lm", "sequence-classification", "token-classification", "question-answering" or "base", as far as the family
+            has it.
+        dtype: what to compute in; None picks by device (`resolve_dtype`). Quantized weights stay as they are stored.
+        attn_implementation: "eager", "sdpa" or "flash_attention_2".
+        new_head: start a task's head anew where the checkpoint has none, from torch's seed; without it that is an error.
+    Returns:
+        the model in evaluation mode, every parameter read exactly once.
+    Raises:
+        QlmError: one line that names the file, the tensor or the field.
+    """
+    check_device(device)
+    check_attention(attn_implementation, device)
+    source, loaded = open_source(
+        model, revision=revision, task=task, attn_implementation=attn_implementation, new_head=new_head
+    )
+    compute = resolve_dtype(dtype, device, source.spec)
+    fill(loaded, source, dtype=compute, device=device)
+    tie_head(loaded, source, task)
+    if new_head:
+        for name, parameter in list(loaded.named_parameters()):
+            if parameter.is_meta:
+                fresh = torch.zeros(parameter.shape, device=device, dtype=compute)
+                set_parameter(loaded, name, fresh.normal_(0.0, 0.02) if parameter.ndim > 1 else fresh)
+    unread = [name for name, tensor in _all_tensors(loaded) if tensor.is_meta]
+    assert not unread, f"not read: {unread}"
+    loaded.config.dtype = compute
+    return loaded
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
+    """The checkpoint's tokenizer as transformers' PreTrainedTokenizerFast, with BOS by the family's rule.
+
+    Reads tokenizer.json, or vocab.json and merges.txt (byte-level BPE: the official OPT repositories have only those). Which class and
+    which special tokens is decided by family and config.json, never by tokenizer_config.json. OPT's first id is always 2 (`</s>`);
+    the other families add nothing.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    checkpoint = Checkpoint.open(model, revision)
+    spec, fields = read_config(checkpoint)
+    tokenizer = _read_tokenizer(checkpoint)
+
+    def token(key: str) -> str | None:
+        index = fields.get(key)
+        if isinstance(index, list):
+            index = index[0] if index else None
+        return tokenizer.id_to_token(index) if isinstance(index, int) and index >= 0 else None
+
+    bos = tokenizer.id_to_token(spec.bos_id) if spec.bos_id is not None else token("bos_token_id")
+    specials = {"bos_token": bos, "eos_token": token("eos_token_id"), "pad_token": token("pad_token_id")}
+    if spec.bos_first:
+        if bos is None:
+            raise DataError(f"{checkpoint.folder}: the tokenizer has no token {spec.bos_id}, with which every text starts")
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, spec.bos_id)])
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=int(fields[spec.positions]) if spec.positions in fields else 2048,
+        clean_up_tokenization_spaces=False,
+        **{name: value for name, value in specials.items() if value is not None},
+    )
+    ids = wrapped("a").input_ids
+    plain = wrapped("a", add_special_tokens=False).input_ids
+    wanted = [spec.bos_id, *plain] if spec.bos_first else plain
+    if ids != wanted or not plain:
+        raise DataError(f"{checkpoint.folder}: the tokenizer turns 'a' into {ids}, expected {wanted}")
+    return wrapped
+
+
+def _read_tokenizer(checkpoint: Checkpoint) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    single, vocabulary, merges = (checkpoint.path(n) for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if single is not None:
+            return Tokenizer.from_str(single.read_text("utf-8"))
+        if vocabulary is None or merges is None:
+            raise MissingInput(f"{checkpoint.folder}: no tokenizer.json, and no vocab.json with merges.txt")
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit, MissingInput):
+        raise
+    except BaseException as error:  # the Rust side panics on some malformed files, and its PanicException is no Exception
+        name = "tokenizer.json" if single is not None else "vocab.json and merges.txt"
+        raise DataError(f"{checkpoint.folder}: {name}: not a tokenizer: {str(error) or type(error).__name__}") from None

@@ -1,0 +1,113 @@
+"""Affine grids: which scale and zero point turn a group of weights into integers.
+
+    code = clamp(round(w / scale) + zero_point, 0, 2^bits - 1)          w ~ scale * (code - zero_point)
+
+Functions on tensors; packing the codes is packing.py's work. Every scale returned here for a 2-8 bit grid is exactly
+representable in fp16, because that is what the files hold: codes chosen with an unrounded scale would be wrong by up to one
+step after a round trip.
+"""
+
+import torch
+from torch import Tensor
+
+# Fractions of the min-max scale that the search tries. Below 0.4 clipping always costs more than it gains, at 2 bits too;
+# above 1 helps the symmetric grid, whose positive end stops one step short of its negative end.
+SEARCH_FRACTIONS = tuple(round(0.40 + 0.03 * i, 2) for i in range(27))
+
+SMALLEST_FP16 = 2.0**-24
+LARGEST_FP16 = 65504.0
+
+
+def round_to_fp16(scale: Tensor) -> Tensor:
+    """The nearest fp16 values, in fp32; a zero becomes 1 (its group is all zeros), and no other value underflows to zero.
+
+    Raises:
+        ValueError: a scale is too large for fp16 or is not finite.
+    """
+    if not bool((scale.abs() <= LARGEST_FP16).all()):
+        raise ValueError(f"a scale of {scale.abs().max().item():.6g} does not fit into fp16 (largest: {LARGEST_FP16:.0f})")
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    rounded = scale.to(torch.float16).to(torch.float32)
+    return torch.where(rounded == 0, torch.copysign(torch.full_like(scale, SMALLEST_FP16), scale), rounded)
+
+
+def minmax_grid(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The grid that spans a group's largest values.
+
+    Symmetric grids use the full range: the element of largest magnitude, with its sign, sits on the end code 0, so that the
+    scale may be negative and no code is wasted (as in AutoRound, docs/full_range_sym.md; the usual 2 max|w| / (2^bits - 1) puts
+    both ends half a step off). Asymmetric zero points stay in 1 ... 2^bits - 1, which every reader of the GPTQ format decodes alike.
+
+    Args:
+        weight: fp32 [g, O], one group of g inputs.
+    Returns:
+        scale fp32 [O], fp16 values; zero_point fp32 [O], integers.
+    """
+    levels = 2**bits
+    if symmetric:
+        low, high = weight.amin(0), weight.amax(0)
+        extreme = torch.where(-low >= high, low, high)
+        return round_to_fp16(extreme / -(levels // 2)), torch.full_like(extreme, levels // 2)
+    low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
+    scale = round_to_fp16((high - low) / (levels - 1))
+    return scale, (-low / scale).round_().clamp_(1, levels - 1)
+
+
+def grid_error(weight: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """sum_j importance_j (w_j - scale (code_j - zero_point))^2 for each output: fp32 [O]. weight [g, O], importance [g]."""
+    rounded = (weight / scale).round_()
+    torch.clamp(rounded, -zero_point, 2**bits - 1 - zero_point, out=rounded)
+    return importance @ rounded.mul_(scale).sub_(weight).square_()
+
+
+def search_grid(weight: Tensor, importance: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The grid of least weighted error among scaled-down (and slightly scaled-up) min-max grids.
+
+    With importance_j = 1 / U_jj^2, U the Cholesky factor of the inverse Hessian, this is the objective that GPTQ's own error
+    has ("Proxy-static" in the 2026 study of scale sensitivity). An asymmetric grid tries both neighbouring zero points.
+
+    Args:
+        weight: fp32 [g, O]; importance: fp32 [g].
+    Returns:
+        scale fp32 [O], fp16 values; zero_point fp32 [O], integers. Never worse than `minmax_grid` by `grid_error`.
+    """
+    best_scale, best_zero = minmax_grid(weight, bits, symmetric)
+    best = grid_error(weight, importance, best_scale, best_zero, bits)
+    full_scale = best_scale
+    low = weight.amin(0).clamp_(max=0)
+    for fraction in SEARCH_FRACTIONS:
+        scale = round_to_fp16(full_scale * fraction)
+        if symmetric:
+            zeros = (best_zero,)
+        else:
+            zero = -low * fraction / scale
+            zeros = tuple(z.clamp(1, 2**bits - 1) for z in (zero.floor(), zero.ceil()))
+        for zero_point in zeros:
+            error = grid_error(weight, importance, scale, zero_point, bits)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
+
+
+def quantize_weight_per_channel_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8, one scale an output: scale = max|w| / 127, codes in [-127, 127].
+
+    -128 is never used: u8 x s8 and s8 x s8 kernels that negate an operand overflow on it (reliability of `vpsignb` tricks).
+
+    Args:
+        weight: [O, I], any float dtype.
+    Returns:
+        codes int8 [O, I]; scale fp32 [O, 1], 1 for a row of zeros.
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    weight = weight.float()
+    absmax = weight.abs().amax(1, keepdim=True)
+    if not bool(absmax.isfinite().all()):
+        raise ValueError("a weight is NaN or infinite")
+    scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax / 127)
+    # A subnormal absmax / 127 may round to zero or far off; such a row is zero for every purpose of a float model.
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    return (weight / scale).round_().clamp_(-127, 127).to(torch.int8), scale

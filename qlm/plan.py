@@ -1,0 +1,232 @@
+"""What a recipe will need, before anything starts: memory, disk and time. Nothing but headers and configs is read.
+
+The figures are estimates from shapes. Memory and disk are counted tensor by tensor, as the code allocates them, and err on the high
+side; time comes from a matrix product timed here and now, and is good to a factor of two.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlm.backends import BACKENDS
+from qlm.calibrate import BATCH_TOKENS, window_length
+from qlm.errors import CannotCreate, Unavailable, UsageError
+from qlm.load import block_paths, open_source
+from qlm.quantize import calibration_dtype, choose_settings, stages_of
+from qlm.recipe import Recipe
+
+# Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.
+PROCESS_BYTES = 650_000_000
+# Hessian, its damped and permuted copy, the Cholesky factor, the unit matrix and U are alive at once.
+HESSIAN_COPIES = 5
+# Room for tokenizer, config and manifest, and for a file system's own bookkeeping.
+SMALL_FILES_BYTES = 16_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted needs, in bytes and seconds, and what is there.
+
+    Attributes:
+        quantize_memory, evaluate_memory: peak of the process in each step; evaluating holds the float and the quantized model.
+        disk: of the finished output.
+    """
+
+    linears: int
+    quantize_memory: int
+    evaluate_memory: int
+    memory_available: int
+    disk: int
+    disk_free: int
+    quantize_seconds: float
+    evaluate_seconds: float
+
+    @property
+    def memory(self) -> int:
+        return max(self.quantize_memory, self.evaluate_memory)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "memory": self.memory}
+
+
+def available_memory() -> int:
+    """Bytes that a new allocation can have without swapping: the smaller of the machine's and the control group's."""
+    available = 1 << 62
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            available = min(available, int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return available
+
+
+def free_disk(output: Path) -> int:
+    """Bytes free where `output` will be."""
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 768) -> float:
+    """Multiply-adds per second of a square product here and now; the best of three."""
+    a = torch.randn(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return size**3 / best
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Predict what the recipe needs. Raises what `quantize` would raise for a wrong recipe or checkpoint."""
+    source, model = open_source(
+        recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation
+    )
+    if source.backend is not None:
+        raise UsageError(f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint")
+    chosen = choose_settings(model, source.spec, recipe.quantize)
+    backend = BACKENDS[recipe.quantize.backend]
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    blocks = block_paths(source.spec, model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    numel = {name: p.numel() for name, p in model.named_parameters()}
+
+    stored = {}
+    for name in numel:
+        path = name.rpartition(".")[0]
+        if path in chosen and name.endswith(".weight"):
+            rows, columns = shapes[name]
+            layout = backend.layout((rows, columns), backend.format(chosen[path], dtype))
+            # A size that the layout leaves open belongs to a tensor of a few hundred bytes.
+            stored[name] = sum(
+                _product([512 if size < 0 else size for size in item.shape]) * min(d.itemsize for d in item.dtypes)
+                for item in layout.values()
+            )
+        else:
+            stored[name] = numel[name] * dtype.itemsize
+    disk = sum(stored.values()) + SMALL_FILES_BYTES
+
+    first = [name for name in numel if name.startswith(f"{blocks[0]}.")]
+    outside = [name for name in numel if not name.startswith(tuple(f"{b}." for b in blocks))]
+    block_weights, outside_weights = sum(numel[n] for n in first), sum(numel[n] for n in outside)
+    largest = max((shapes[n] for n in first if len(shapes[n]) == 2), key=lambda s: s[0] * s[1])
+    shard = sum(stored[n] for n in first)
+    # A shard is serialized in memory before it is written, and the embedding likewise.
+    quantize_memory = max(3 * shard + 12 * largest[0] * largest[1], 3 * outside_weights * dtype.itemsize)
+    quantize_seconds = sum(numel.values()) / 2e8
+    if backend.needs_calibration:
+        quantize_memory, quantize_seconds = _calibrated(
+            recipe, source, model, chosen, shapes, block_weights, outside_weights, shard, len(blocks)
+        )
+    evaluate_memory = evaluate_seconds = 0.0
+    if recipe.evaluate is not None:
+        floats = 4 * sum(numel.values())
+        quantized = 4 * outside_weights + sum(stored[n] for n in numel if n not in outside)
+        evaluate_memory = PROCESS_BYTES + floats + quantized + 6 * 4 * BATCH_TOKENS * max(largest)
+        tokens = (recipe.evaluate.windows or 150) * window_length(recipe.evaluate.length, _positions(source))
+        evaluate_seconds = 3 * tokens * sum(numel.values()) / matmul_rate(torch.float32)
+    return Plan(
+        linears=len(chosen),
+        quantize_memory=int(PROCESS_BYTES + quantize_memory),
+        evaluate_memory=int(evaluate_memory),
+        memory_available=available_memory(),
+        disk=disk,
+        disk_free=free_disk(Path(recipe.output)),
+        quantize_seconds=round(quantize_seconds, 1),
+        evaluate_seconds=round(evaluate_seconds, 1),
+    )
+
+
+def _product(sizes: list[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _positions(source: Any) -> int:
+    return int(getattr(source.config, source.spec.positions))
+
+
+def _calibrated(
+    recipe: Recipe,
+    source: Any,
+    model: Any,
+    chosen: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    block_weights: int,
+    outside_weights: int,
+    shard: int,
+    blocks: int,
+) -> tuple[float, float]:
+    """Memory and time of calibrated quantizing: the stream, one block, the Hessians of one stage, and the solver's copies."""
+    assert recipe.calibration is not None
+    compute = calibration_dtype("cpu")
+    length = window_length(recipe.calibration.length, _positions(source))
+    tokens = recipe.calibration.samples * length
+    hidden = int(getattr(source.config, source.spec.hidden_size))
+    stream = 2 * tokens * hidden * compute.itemsize  # two: concatenating the batches holds both for a moment
+    first = block_paths(source.spec, model)[0]
+    hessians, largest_group, products = 0, 0, 0
+    stages = stages_of(source.spec, source.config)
+    for stage in stages:
+        in_stage = 0
+        for group in stage:
+            names = [f"{first}.{linear}" for linear in group.linears]
+            if any(name in chosen for name in names):
+                inputs = shapes[f"{names[0]}.weight"][1]
+                rows = sum(shapes[f"{name}.weight"][0] for name in names)
+                in_stage += 4 * inputs * inputs
+                largest_group = max(largest_group, 4 * HESSIAN_COPIES * inputs * inputs + 7 * 4 * rows * inputs)
+                products += tokens * inputs * inputs + 2 * inputs**3 + 40 * rows * inputs * inputs // 32
+        hessians = max(hessians, in_stage)
+    widest = max(max(shape) for name, shape in shapes.items() if name.startswith(f"{first}."))
+    activations = 8 * compute.itemsize * BATCH_TOKENS * widest + 4 * BATCH_TOKENS * widest
+    memory = stream + block_weights * compute.itemsize + hessians + largest_group + activations + 2 * shard
+    embedding = 2 * outside_weights * compute.itemsize + stream
+    # Each stage runs the block as far as its linears, and a last pass runs all of it.
+    forward = tokens * block_weights * (1 + len(stages) / 2)
+    seconds = blocks * (products / matmul_rate(torch.float32) + forward / matmul_rate(compute))
+    return max(memory, embedding), seconds
+
+
+def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
+    """Refuse now what would fail in an hour.
+
+    Raises:
+        CannotCreate: the disk is too small. Unavailable: memory is.
+    """
+    if needs.disk > needs.disk_free:
+        raise CannotCreate(
+            f"output: {recipe.output} needs {_gigabytes(needs.disk)}, and {_gigabytes(needs.disk_free)} are free there; "
+            "free some, or choose another disk"
+        )
+    for what, need, advice in (
+        ("quantizing", needs.quantize_memory, "use fewer or shorter calibration samples"),
+        ("evaluating", needs.evaluate_memory, "remove the evaluate section"),
+    ):
+        if need > needs.memory_available:
+            raise Unavailable(
+                f"{what} {recipe.model} needs about {_gigabytes(need)} of memory, and {_gigabytes(needs.memory_available)} are "
+                f"available on this machine ({os.uname().machine}); {advice}, or use a larger machine"
+            )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,929 @@
+"""What a recipe may say, and the loader that reads one.
+
+A recipe is a YAML file of at most a screenful: which model, which backend, which calibration text, where to. The
+pydantic models below are the only home of every key, its allowed values, its default and its meaning; the JSON Schema
+for editors and the table in `recipes/README.md` are made from them.
+
+A recipe is taken at its word or refused. YAML 1.2 with the core schema (https://yaml.org/spec/1.2.2/#103-core-schema):
+`1e-4` is a number, `no` is a text. Refused on top: duplicate and unknown keys, anchors, aliases, tags, several
+documents, numbers that are not finite or that YAML 1.1 and 1.2 read differently (`010`), keys without a value, keys
+that the chosen backend would ignore, nesting deeper than 16, files above 256 KiB. Every error is one line:
+`file:line:column: key.path: what was found; what is allowed`.
+
+Nothing here opens a file except `load_recipe`, which opens the recipe alone.
+"""
+
+import difflib
+import fnmatch
+import functools
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from qlm.arch.spec import Task
+from qlm.errors import MissingInput, QlmError, ReadWriteError, UsageError
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 16
+MAX_VALUES = 10_000
+MAX_INTEGER = 2**63 - 1
+MAX_TEXT = 4096
+
+Backend = Literal["int8", "nf4", "gptq", "quanto"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+Order = Literal["none", "act", "gar"]
+ScaleSearch = Literal["minmax", "weighted"]
+Qtype = Literal["qint8", "qint4", "qfloat8"]
+OnFailure = Literal["error", "round_to_nearest"]
+
+# Bits that each backend can write; the first is the default.
+_BITS: dict[str, tuple[int, ...]] = {"int8": (8,), "nf4": (4,), "gptq": (4, 2, 3, 8)}
+_QTYPE_BITS: dict[str, int] = {"qint8": 8, "qint4": 4, "qfloat8": 8}
+# bitsandbytes' default block and quanto's default group for 4 bits; neither is a choice here.
+NF4_BLOCK = 64
+_QUANTO_INT4_GROUP = 128
+# The keys of `quantize` that mean something to each backend; any other is refused rather than ignored.
+_TAKES: dict[str, tuple[str, ...]] = {
+    "int8": ("bits", "skip"),
+    "nf4": ("bits", "double_quant", "skip"),
+    "gptq": (
+        "bits", "group_size", "symmetric", "damp", "order", "scale_search", "skip", "on_failure", "overrides",
+    ),
+    "quanto": ("qtype", "skip"),
+}  # fmt: skip
+
+
+# --- the models -------------------------------------------------------------------------------------------------------
+
+
+def _refused(key: str | None, message: str) -> PydanticCustomError:
+    """An error about `key` of the section that is being validated; `message` is "found; allowed"."""
+    return PydanticCustomError("qlm", "{message}", {"key": key, "message": message})
+
+
+def _plain_text(text: str) -> str:
+    if not text.isprintable():
+        raise _refused(None, f"found {_found(text)} with an unprintable character; allowed: printable characters")
+    if text != text.strip():
+        raise _refused(None, f"found {_found(text)}; allowed: the same without the space around it")
+    return text
+
+
+def _local_path(text: str) -> str:
+    if text.startswith("~"):
+        raise _refused(None, f"found {_found(text)}; '~' is not expanded here: write the path without it")
+    return text
+
+
+def _whole(value: object) -> object:
+    # pydantic's strict Literal takes 4.0 for 4.
+    if isinstance(value, float):
+        raise _refused(None, f"found {_found(value)}; allowed: a whole number")
+    return value
+
+
+GroupSize = Annotated[Literal[32, 64, 128, -1], BeforeValidator(_whole)]
+Bits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT), AfterValidator(_plain_text)]
+PathText = Annotated[Text, AfterValidator(_local_path)]
+Glob = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)]
+
+
+class _Section(BaseModel):
+    # Strict: no text becomes a number, no number a boolean. Frozen: what was validated is what runs.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class OverrideRecipe(_Section):
+    """What differs for the linears that a glob matches."""
+
+    bits: Bits | None = Field(None, description="Bits per weight of these linears.")
+    group_size: GroupSize | None = Field(None, description="Input features that share a scale; -1 is the whole row.")
+    symmetric: bool | None = Field(None, description="No zero points (true) or one per group (false).")
+    skip: bool | None = Field(
+        None, description="true leaves these linears as they are; false takes back `skip` or an earlier override."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "OverrideRecipe":
+        given = {name: value for name, value in self if value is not None}
+        if not given:
+            allowed = _listed(OverrideRecipe.model_fields, "or")
+            raise _refused(None, f"found an override that changes nothing; allowed: at least one of {allowed}")
+        if self.skip and len(given) > 1:
+            other = next(name for name in given if name != "skip")
+            raise _refused(other, "found beside 'skip: true', where it has no effect; remove one of the two")
+        return self
+
+
+class QuantizeRecipe(_Section):
+    """How the weights are quantized."""
+
+    backend: Backend = Field(
+        description="How weights are stored and multiplied: `int8` (8-bit weights and activations), `nf4` "
+        "(bitsandbytes 4-bit, base of QLoRA), `gptq` (2 to 8 bits, calibrated), `quanto` (for comparison)."
+    )
+    qtype: Qtype = Field("qint8", description="quanto's own weight type.")
+    bits: Bits = Field(
+        # pydantic hands over the fields above, already validated.
+        default_factory=lambda above: (
+            _QTYPE_BITS[above["qtype"]] if above["backend"] == "quanto" else _BITS[above["backend"]][0]
+        ),
+        description="Bits per weight. "
+        + "; ".join(
+            f"{backend}: {', '.join(map(str, sorted(bits)))}" + (f", default {bits[0]}" if len(bits) > 1 else "")
+            for backend, bits in _BITS.items()
+        )
+        + ".",
+    )
+    group_size: GroupSize = Field(
+        128,
+        description="Input features that share a scale; must divide every linear's input features. -1 is one scale "
+        "per output channel. Smaller is more accurate and larger: 32 costs half a bit per weight, 128 an eighth.",
+    )
+    symmetric: bool = Field(True, description="No zero points (true) or one per group (false).")
+    double_quant: bool = Field(
+        False, description="Quantize the block scales too: 0.37 bits per weight less (arXiv:2305.14314, section 3)."
+    )
+    damp: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Added to the Hessian's diagonal, as a share of its mean; raised by itself when it is too little.",
+    )
+    order: Order = Field(
+        "gar",
+        description="Order in which columns are quantized: `none` as stored, `act` by activation (the file needs a "
+        "reader that knows `desc_act`), `gar` by activation inside and between groups (every reader knows it).",
+    )
+    scale_search: ScaleSearch = Field(
+        "weighted", description="Scales that span the group (`minmax`), or lose least under the Hessian (`weighted`)."
+    )
+    skip: list[Glob] = Field(
+        [],
+        max_length=1000,
+        description="Globs of module paths whose linears stay as they are. One that matches nothing is an error.",
+    )
+    on_failure: OnFailure = Field(
+        "error",
+        description="When no damping mends a Hessian: stop, or round that linear to nearest and record it.",
+    )
+    overrides: dict[Glob, OverrideRecipe] = Field(
+        {},
+        max_length=1000,
+        description="Changes by glob of the module path. All that match apply, from top to bottom; the later wins.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_backend(self) -> "QuantizeRecipe":
+        takes = _TAKES[self.backend]
+        for key in QuantizeRecipe.model_fields:
+            if key in self.model_fields_set and key != "backend" and key not in takes:
+                allowed = _listed(takes, "and")
+                raise _refused(key, f"found with backend {self.backend}, which takes {allowed}; remove it")
+        allowed_bits = _BITS.get(self.backend, (self.bits,))
+        if self.bits not in allowed_bits:
+            allowed = _listed(sorted(allowed_bits), "or")
+            raise _refused("bits", f"found {self.bits} with backend {self.backend}; allowed: {allowed}")
+        for glob, override in self.overrides.items():
+            if glob in self.skip and override.skip is not False:
+                raise _refused(
+                    "overrides", f"found {_found(glob, '')} here and in skip, which wins; remove one of the two"
+                )
+        return self
+
+
+class HubDataset(_Section):
+    """A dataset of the Hugging Face hub."""
+
+    name: Text = Field(description="Dataset on the hub, `owner/name`. One that needs a loading script cannot be used.")
+    config: Text | None = Field(None, description="The dataset's configuration, when it has several.")
+    split: Text = Field(description="Split, in the syntax of `datasets`: `test`, `train[:2000]`.")
+    column: Text = Field("text", description="Column that holds the text.")
+    revision: Text | None = Field(None, description="Commit, tag or branch; a commit makes the result repeatable.")
+    data_files: Text | Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="File or files of the dataset to read, instead of all."
+    )
+
+
+def _data_kind(value: object) -> str:
+    return "<hub>" if isinstance(value, Mapping | HubDataset) else "<file>"
+
+
+class DataSource(_Section):
+    """Where text comes from."""
+
+    data: Annotated[
+        Annotated[PathText, Tag("<file>")] | Annotated[HubDataset, Tag("<hub>")], Discriminator(_data_kind)
+    ] = Field(description="A text file (UTF-8), a `.jsonl` file with one JSON object a line, or a dataset on the hub.")
+    column: Text = Field("text", description="Field of each object of a `.jsonl` file that holds the text.")
+
+    @model_validator(mode="after")
+    def _column_means_something(self) -> "DataSource":
+        if "column" in self.model_fields_set and not self.is_jsonl:
+            advice = "write it inside data" if isinstance(self.data, HubDataset) else "remove it"
+            raise _refused("column", f"found with data that is no .jsonl file; {advice}")
+        return self
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether `data` is a file of JSON objects, one a line."""
+        return isinstance(self.data, str) and self.data.endswith(".jsonl")
+
+
+class CalibrationRecipe(DataSource):
+    """Text that the quantizer looks at. Needed by gptq; refused where it would be ignored."""
+
+    samples: int = Field(128, ge=1, le=1_000_000, description="Number of windows.")
+    length: int | None = Field(
+        None, ge=2, le=1 << 20, description="Tokens per window. null: as many as the model has positions, at most 2048."
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Chooses the windows.")
+
+
+class EvaluateRecipe(DataSource):
+    """Text that perplexity and KL divergence are measured on; without it nothing is measured."""
+
+    length: int | None = Field(
+        None, ge=2, le=1 << 20, description="Tokens per window. null: as many as the model has positions, at most 2048."
+    )
+    windows: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000_000,
+        description="Only the first so many windows; null is all, as published figures mean.",
+    )
+
+
+class Recipe(_Section):
+    """One model, quantized one way."""
+
+    model: PathText = Field(description="A folder, or a model on the hub: `owner/name`.")
+    revision: Text | None = Field(None, description="Commit, tag or branch of a model on the hub.")
+    task: Task = Field("causal-lm", description="The head that the model is loaded with.")
+    dtype: Dtype = Field("auto", description="Of what stays in floating point; `auto` keeps the checkpoint's own.")
+    attn_implementation: Attention = Field("sdpa", description="Attention used while calibrating and evaluating.")
+    quantize: QuantizeRecipe = Field(description="How the weights are quantized.")
+    calibration: CalibrationRecipe | None = Field(None, description=CalibrationRecipe.__doc__)
+    evaluate: EvaluateRecipe | None = Field(None, description=EvaluateRecipe.__doc__)
+    output: PathText = Field(description="Folder to create. It must not exist, unless `--force` is given.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        backend = self.quantize.backend
+        if backend == "gptq" and self.calibration is None:
+            raise _refused("calibration", "missing; backend gptq needs a section with data")
+        if backend != "gptq" and self.calibration is not None:
+            raise _refused("calibration", f"found with backend {backend}, which looks at no text; remove it")
+        if self.evaluate is not None and self.task != "causal-lm":
+            raise _refused("evaluate", f"found with task {self.task}; only causal-lm has a perplexity: remove it")
+        inputs = {"model": self.model}
+        for key, section in (("calibration.data", self.calibration), ("evaluate.data", self.evaluate)):
+            if section is not None and isinstance(section.data, str):
+                inputs[key] = section.data
+        for key, path in inputs.items():
+            if _contains(self.output, path):
+                found = f"found {_found(self.output, '')}, which holds {key} {_found(path, '')}"
+                raise _refused("output", f"{found}; allowed: a folder of its own")
+        return self
+
+
+def _contains(folder: str, path: str) -> bool:
+    """Whether `path` is `folder` or lies in it, by name alone."""
+    outer, inner = os.path.abspath(folder), os.path.abspath(path)
+    return os.path.commonpath([outer, inner]) == outer
+
+
+# --- what the rest of qlm asks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """How one linear is quantized: the recipe's section with its overrides applied.
+
+    Attributes:
+        bits: per weight.
+        group_size: input features that share a scale; -1 for the whole row. nf4: 64, of the flattened weight.
+        symmetric: no zero points.
+        double_quant, damp, order, scale_search, qtype, on_failure: as in `QuantizeRecipe`; without effect where the
+            backend does not take them.
+    """
+
+    backend: Backend
+    bits: int
+    group_size: int
+    symmetric: bool
+    double_quant: bool
+    damp: float
+    order: Order
+    scale_search: ScaleSearch
+    qtype: Qtype
+    on_failure: OnFailure
+
+
+def settings_for(quantize: QuantizeRecipe, name: str) -> LinearSettings | None:
+    """The settings of the linear at module path `name` (`decoder.layers.0.fc1`), or None where it is skipped.
+
+    A glob matches the whole path, and `*` matches dots too. `skip` is read first, then the overrides from top to
+    bottom; each key takes the last value said.
+    """
+    skip = any(fnmatch.fnmatchcase(name, glob) for glob in quantize.skip)
+    changes: dict[str, Any] = {}
+    for glob, override in quantize.overrides.items():
+        if fnmatch.fnmatchcase(name, glob):
+            changes |= {key: value for key, value in override if value is not None}
+    if changes.pop("skip", skip):
+        return None
+    group_size: int = quantize.group_size
+    if quantize.backend != "gptq":
+        is_quanto_int4 = quantize.backend == "quanto" and quantize.qtype == "qint4"
+        group_size = NF4_BLOCK if quantize.backend == "nf4" else _QUANTO_INT4_GROUP if is_quanto_int4 else -1
+    settings: dict[str, Any] = {key: getattr(quantize, key) for key in LinearSettings.__dataclass_fields__}
+    return LinearSettings(**{**settings, "group_size": group_size, **changes})
+
+
+def unmatched_globs(quantize: QuantizeRecipe, names: Iterable[str]) -> list[str]:
+    """The globs of `skip` and `overrides` that match none of `names`: misspelt, or meant for another model."""
+    names = list(names)
+    globs = (*quantize.skip, *quantize.overrides)
+    return [glob for glob in globs if not any(fnmatch.fnmatchcase(name, glob) for name in names)]
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values with every default filled in; read again, it gives the same.
+
+    Keys that have no effect with the recipe's backend or data are left out, so that a manifest claims nothing that did
+    not happen.
+    """
+    plain = recipe.model_dump(mode="json")
+    takes = ("backend", *_TAKES[recipe.quantize.backend])
+    plain["quantize"] = {key: value for key, value in plain["quantize"].items() if key in takes}
+    for glob, override in plain["quantize"].get("overrides", {}).items():
+        plain["quantize"]["overrides"][glob] = {key: value for key, value in override.items() if value is not None}
+    for key, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
+        if section is not None and not section.is_jsonl:
+            del plain[key]["column"]
+    return plain
+
+
+def quantize_section(section: QuantizeRecipe | Mapping[str, Any]) -> QuantizeRecipe:
+    """The `quantize` section from Python values.
+
+    Raises:
+        UsageError: "quantize.key: what was found; what is allowed".
+    """
+    if isinstance(section, QuantizeRecipe):
+        return section
+    if not isinstance(section, Mapping):
+        raise UsageError(f"quantize: found {_found(section)}; allowed: a section, as a mapping or a QuantizeRecipe")
+    data = dict(section)
+    try:
+        return QuantizeRecipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(_explain(error, _Document({"quantize": data}), ("quantize",))) from None
+
+
+def refuse_shared_outputs(recipes: Mapping[str, Recipe]) -> None:
+    """Refuse recipes, by their files, of which one would write into the output of another.
+
+    Raises:
+        UsageError: naming both recipes.
+    """
+    seen: list[tuple[str, Recipe]] = []
+    for source, recipe in recipes.items():
+        for other_source, other in seen:
+            if _contains(recipe.output, other.output) or _contains(other.output, recipe.output):
+                raise UsageError(
+                    f"{source}: output: found {_found(recipe.output, '')}, and {other_source} writes to "
+                    f"{_found(other.output, '')}; allowed: a folder of its own for each recipe"
+                )
+        seen.append((source, recipe))
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe file.
+
+    Raises:
+        MissingInput: there is no such file.
+        UsageError: it is no regular file, too large, may not be read, is not UTF-8, or says what is not allowed.
+        ReadWriteError: reading failed half-way.
+    """
+    source = os.fspath(path)
+    try:
+        # A pipe would block `open` for ever, so the kind is asked first.
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise UsageError(f"{source}: found {kind}; allowed: a recipe, a YAML file")
+        with open(source, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingInput(f"{source}: no such recipe{_neighbour(source)}") from None
+    except PermissionError:
+        raise UsageError(f"{source}: may not be read; change its permissions, or name another recipe") from None
+    except ValueError:
+        raise MissingInput(f"{source}: no such recipe; a file name holds no NUL character") from None
+    except OSError as error:
+        raise ReadWriteError(f"{source}: the recipe cannot be read: {error.strerror or error}") from None
+    if len(raw) > MAX_BYTES:
+        raise UsageError(f"{source}:1:1: found {status.st_size} bytes; allowed: a recipe of at most {MAX_BYTES}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")
+        line, column = _position(before, len(before))
+        raise UsageError(
+            f"{source}:{line}:{column}: found byte 0x{raw[error.start]:02x}, which is not UTF-8; "
+            "allowed: a recipe, YAML in UTF-8"
+        ) from None
+    return parse_recipe(text, source)
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Validate a recipe's text; `source` is the name that errors carry.
+
+    Raises:
+        UsageError: `source:line:column: key.path: what was found; what is allowed`.
+    """
+    try:
+        document = _read_yaml(text)
+        try:
+            return Recipe.model_validate(document.value)
+        except ValidationError as error:
+            raise UsageError(_explain(error, document)) from None
+    except QlmError as error:
+        raise type(error)(f"{source}:{error}") from None
+
+
+def _neighbour(source: str) -> str:
+    """A hint at a recipe of nearly the same name in the same folder, or nothing."""
+    folder, name = os.path.split(source)
+    try:
+        names = [entry for entry in os.listdir(folder or ".") if entry.endswith((".yaml", ".yml"))]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+_Path = tuple[str | int, ...]
+_Mark = tuple[int, int]  # line, column; both from 1
+
+
+@dataclass
+class _Document:
+    """Plain values, and where in the text each key and each value begins."""
+
+    value: Any
+    values: dict[_Path, _Mark] = field(default_factory=dict)
+    keys: dict[_Path, _Mark] = field(default_factory=dict)
+    numbers: dict[_Path, str] = field(default_factory=dict)  # as they are written
+
+
+# YAML 1.2.2, section 10.3.2, but for integers with leading zeros, which are sorted out in `_scalar`.
+_NULL = re.compile(r"null|Null|NULL|~")
+_BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+# Characters that YAML forbids, and the exotic line ends that editors and parsers count differently.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+
+
+def _position(text: str, index: int) -> _Mark:
+    lines = re.split(r"\r\n|\r|\n", text[:index])
+    return len(lines), len(lines[-1]) + 1
+
+
+def _at(mark: _Mark, message: str, path: _Path = ()) -> UsageError:
+    return UsageError(f"{mark[0]}:{mark[1]}: {_dotted(path)}: {message}" if path else f"{mark[0]}:{mark[1]}: {message}")
+
+
+def _read_yaml(text: str) -> _Document:
+    """One YAML document as plain values with positions.
+
+    The events come from ruamel.yaml; what they mean is decided here, so that no constructor of a library is reached.
+    """
+    text = text.removeprefix("\ufeff")
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        raise _at((1, 1), f"found more than {MAX_BYTES} bytes; allowed: a recipe of at most that")
+    forbidden = _FORBIDDEN.search(text)
+    if forbidden:
+        mark = _position(text, forbidden.start())
+        raise _at(mark, f"found the character U+{ord(forbidden[0]):04X}; allowed: a recipe, printable text in YAML")
+    return _Composer(text).document()
+
+
+class _Composer:
+    """Turns ruamel.yaml's events into a `_Document`."""
+
+    def __init__(self, text: str) -> None:
+        self.mark: _Mark = (1, 1)
+        self.count = 0
+        self.events = self._events(text)
+        self.result = _Document(None)
+
+    def _events(self, text: str) -> Iterator[Any]:
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import MarkedYAMLError
+
+        yaml = YAML(typ="safe", pure=True)
+        try:
+            for event in yaml.parse(text):
+                self.mark = (event.start_mark.line + 1, event.start_mark.column + 1)
+                yield event
+        except MarkedYAMLError as error:
+            problem = str(error.problem or error.context or "cannot be read")
+            mark = error.problem_mark or error.context_mark
+            if "end of stream" in problem and error.context_mark:
+                # An open quote: where it opens helps, the end of the file does not.
+                mark, problem = error.context_mark, f"{error.context}, {problem}"
+            self.mark = (mark.line + 1, mark.column + 1) if mark else self.mark
+            if "'\\t'" in problem:
+                problem += "; indent with spaces"
+            elif "alias" in str(error.context):
+                problem += "; put a text that begins with * in quotes"
+            raise _at(self.mark, f"found what is not YAML: {' '.join(problem.split())}") from None
+        except Exception as error:
+            # ruamel.yaml lets bare ValueError, OverflowError, IndexError and others through on some broken texts
+            # ("\UFFFFFFFF", a directive with a huge number); for a recipe they all mean the same.
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise _at((yaml.reader.line + 1, yaml.reader.column + 1), f"found what is not YAML: {problem}") from None
+
+    def document(self) -> _Document:
+        from ruamel.yaml import events
+
+        next(self.events)  # start of stream
+        start = next(self.events)
+        if not isinstance(start, events.DocumentStartEvent):
+            raise _at((1, 1), "found an empty file; allowed: a recipe, with model, quantize and output")
+        if start.tags or start.version not in (None, (1, 2)):
+            raise _at(self.mark, "found a YAML directive; allowed: none but %YAML 1.2")
+        self.result.value = self._node(next(self.events), (), 0)
+        next(self.events)  # end of document
+        if not isinstance(next(self.events), events.StreamEndEvent):
+            raise _at(self.mark, "found a second document; allowed: one recipe a file")
+        if not isinstance(self.result.value, dict):
+            found = _found(self.result.value)
+            raise _at(self.result.values[()], f"found {found}; allowed: a recipe, with model, quantize and output")
+        return self.result
+
+    def _node(self, event: Any, path: _Path, depth: int) -> Any:
+        from ruamel.yaml import events
+
+        mark = self.result.values[path] = self.mark
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise _at(mark, f"found more than {MAX_VALUES} values; allowed: at most that many", path)
+        if isinstance(event, events.AliasEvent):
+            alias = _found("*" + str(event.anchor), "")
+            raise _at(
+                mark, f"found the alias {alias}; allowed: the value (a text that begins with * needs quotes)", path
+            )
+        if event.anchor is not None:
+            raise _at(mark, f"found the anchor {_found('&' + str(event.anchor), '')}; allowed: the value alone", path)
+        if event.tag is not None:
+            tag = _found(str(event.tag).replace("tag:yaml.org,2002:", "!!"), "")
+            raise _at(mark, f"found the tag {tag}; allowed: the value alone", path)
+        if isinstance(event, events.ScalarEvent):
+            if half := re.search("[\ud800-\udfff]", event.value):
+                raise _at(mark, f"found half a surrogate pair, {_found(half[0], '')}; allowed: whole characters", path)
+            value = self._scalar(event.value, path, mark) if event.implicit[0] else event.value
+            if isinstance(value, int | float) and not isinstance(value, bool) and len(event.value) <= 60:
+                self.result.numbers[path] = event.value
+            return value
+        if depth == MAX_DEPTH:
+            raise _at(mark, f"found nesting deeper than {MAX_DEPTH}; allowed: at most that", path[:MAX_DEPTH])
+        if isinstance(event, events.SequenceStartEvent):
+            items: list[Any] = []
+            while not isinstance(item := next(self.events), events.SequenceEndEvent):
+                items.append(self._node(item, (*path, len(items)), depth + 1))
+            return items
+        mapping: dict[str, Any] = {}
+        while not isinstance(event := next(self.events), events.MappingEndEvent):
+            key_mark = self.mark
+            key = self._key(event, path)
+            if key in mapping:
+                first = self.result.keys[(*path, key)]
+                raise _at(key_mark, f"found a second time, first in line {first[0]}; allowed: once", (*path, key))
+            self.result.keys[(*path, key)] = key_mark
+            mapping[key] = self._node(next(self.events), (*path, key), depth + 1)
+        return mapping
+
+    def _key(self, event: Any, path: _Path) -> str:
+        from ruamel.yaml import events
+
+        if isinstance(event, events.SequenceStartEvent | events.MappingStartEvent):
+            raise _at(self.mark, "found a list or a mapping as a key; allowed: text", path)
+        if isinstance(event, events.ScalarEvent) and event.value == "" and event.implicit[0]:
+            raise _at(self.mark, "found a value without a key; allowed: key: value", path)
+        position = self.result.values[path]
+        key = self._node(event, path, 0)
+        self.result.values[path] = position
+        if not isinstance(key, str):
+            raise _at(self.mark, f"found {_found(key)} as a key; allowed: text (put it in quotes)", path)
+        return key
+
+    def _scalar(self, text: str, path: _Path, mark: _Mark) -> Any:
+        """The value of a plain scalar under the core schema."""
+        if text == "":
+            if not path:
+                raise _at(mark, "found an empty file; allowed: a recipe, with model, quantize and output")
+            # The event stands where the value would begin, often a line further; the key is what the reader looks for.
+            raise _at(self.result.keys.get(path, mark), "found no value; write one, or remove the key", path)
+        if _NULL.fullmatch(text):
+            return None
+        if match := _BOOL.fullmatch(text):
+            return match[1] is not None
+        if _INTEGER.fullmatch(text):
+            digits = text.lstrip("+-")
+            if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
+                found = f"found {_found(text, '')}, which is octal in YAML 1.1 and decimal in 1.2"
+                raise _at(mark, f"{found}; allowed: no leading zero, or 0o before octal", path)
+            # Python refuses to convert texts of more than 4300 digits, and nothing here needs more than 64 bits.
+            number = int(text, 0) if len(digits) <= 24 else MAX_INTEGER + 1
+            if abs(number) > MAX_INTEGER:
+                raise _at(mark, f"found {_found(text, 'the number')}; allowed: whole numbers of at most 63 bits", path)
+            return number
+        if _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and not math.isfinite(float(text))):
+            raise _at(mark, f"found {_found(text, '')}; allowed: finite numbers", path)
+        if _FLOAT.fullmatch(text):
+            return float(text)
+        return text
+
+
+# --- errors in words --------------------------------------------------------------------------------------------------
+
+
+def _listed(options: Iterable[object], word: str) -> str:
+    words = [str(option) for option in options]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {word} {words[-1]}"
+
+
+def _dotted(path: _Path) -> str:
+    """`quantize.overrides['*.fc2'].bits`, `quantize.skip[0]`."""
+    parts: list[str] = []
+    for step in path:
+        if isinstance(step, int):
+            parts.append(f"[{step}]")
+        elif re.fullmatch(r"[A-Za-z_]\w{0,40}", step):
+            parts.append(f".{step}" if parts else step)
+        else:
+            parts.append(f"[{_found(step, '')}]")
+    return "".join(parts) if len(parts) <= 6 else "".join(parts[:6]) + "…"
+
+
+def _found(value: object, kind: str | None = None) -> str:
+    """A value in a few words, whatever its size. `kind` stands before a text instead of "the text"."""
+    if isinstance(value, str):
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value[:60])
+        shown = f"'{shown}…' ({len(value)} characters)" if len(value) > 60 else f"'{shown}'"
+        kind = "the text" if kind is None else kind
+        return f"{kind} {shown}" if kind else shown
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, Mapping):
+        return "a section"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return f"a Python {type(value).__name__}"
+
+
+def _close(found: str, options: Iterable[object]) -> str | None:
+    """The option that `found` is a near miss of."""
+    folded = {str(option).lower().replace("-", "_"): str(option) for option in options}
+    close = difflib.get_close_matches(found[:200].lower().replace("-", "_"), folded, n=1)
+    return folded[close[0]] if close else None
+
+
+_YAML_1_1_BOOL = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return Recipe.model_json_schema()
+
+
+def _schema_node(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _schema()["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+
+def _alternatives(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    node = _schema_node(node)
+    nodes = node.get("anyOf") or node.get("oneOf")
+    return [leaf for option in nodes for leaf in _alternatives(option)] if nodes else [node]
+
+
+def _schema_at(path: _Path) -> Mapping[str, Any] | None:
+    """The JSON Schema of the value at `path`, or None where no recipe has one."""
+    node: Mapping[str, Any] = _schema()
+    for step in path:
+        for option in _alternatives(node):
+            child = option.get("items") if isinstance(step, int) else option.get("properties", {}).get(step)
+            child = child or (option.get("additionalProperties") if isinstance(step, str) else None)
+            if child:
+                node = child
+                break
+        else:
+            return None
+    return node
+
+
+def _allowed(node: Mapping[str, Any]) -> str:
+    """The values that a JSON Schema node allows, in words."""
+    options = _alternatives(node)
+    if len(options) > 1:
+        return _listed([choice for option in options for choice in option.get("enum", [_allowed(option)])], "or")
+    node = options[0]
+    if "enum" in node:
+        return _listed(node["enum"], "or")
+    kind = node.get("type")
+    if kind == "integer":
+        return f"a whole number from {node['minimum']} to {node['maximum']}"
+    if kind == "number":
+        return f"a number above {node['exclusiveMinimum']:g}, at most {node['maximum']:g}"
+    if kind == "array":
+        items = _allowed(node["items"]).removeprefix("a ")
+        return f"a list of {'one or more ' if node.get('minItems') else ''}{items}s"
+    if kind == "object" and "properties" in node:
+        return f"a section with {_listed(node['properties'], 'and')}"
+    if kind == "object":
+        return f"a mapping from text to {_allowed(node['additionalProperties'])}"
+    return {"boolean": "true or false", "string": "a text", "null": "null"}[str(kind)]
+
+
+def _explain(error: ValidationError, document: _Document, prefix: _Path = ()) -> str:
+    """The first of pydantic's errors, by its place in the file, as "line:column: key.path: found; allowed"."""
+    complaints: list[tuple[bool, _Mark, str]] = []
+    for detail in error.errors(include_url=False):
+        # A default that depends on a field which is itself wrong: pydantic says so a second time.
+        if detail["type"] == "default_factory_not_called":
+            continue
+        path, value, is_key = _place(detail, document, prefix)
+        context = detail.get("ctx", {})
+        is_missing = detail["type"] == "missing"
+        if detail["type"] == "qlm":
+            if context["key"] is not None:
+                path, is_key = (*path, context["key"]), True
+            message = context["message"]
+        elif detail["type"] == "extra_forbidden":
+            is_key = True
+            message = _unknown_key(path, document.value)
+        elif is_missing:
+            message = f"missing; allowed: {_allowed(_schema_at(path) or {'type': 'string'})}"
+        elif is_key:
+            message = f"found {_found(path[-1])} as a key; allowed: a text of 1 to 256 characters"
+        elif detail["type"] in ("string_too_short", "string_too_long"):
+            message = f"found {_found(value)}; allowed: a text of 1 to {MAX_TEXT} characters"
+        elif detail["type"] == "too_long":
+            message = f"found {_found(value)}, of {context['actual_length']}; allowed: at most {context['max_length']}"
+        else:
+            message = _wrong_value(path, value, document.numbers.get(path))
+        mark = document.keys.get(path) if is_key else None
+        # What is missing has no place of its own; the section that lacks it has.
+        for length in range(len(path), -1, -1):
+            mark = mark or document.values.get(path[:length])
+        # A misspelt key is also a missing one, and says more.
+        complaints.append((is_missing, mark or (0, 0), f"{_dotted(path)}: {message}"))
+    _, (line, column), message = min(complaints, key=lambda complaint: complaint[:2])
+    return f"{line}:{column}: {message}" if line else message
+
+
+def _place(detail: Any, document: _Document, prefix: _Path) -> tuple[_Path, Any, bool]:
+    """Path of one of pydantic's errors, the value there, and whether the error is about the key rather than the value.
+
+    pydantic mixes notes of its own into the path, such as the alternative of a union that it tried.
+    """
+    value, path, is_key, tagged = document.value, prefix, False, False
+    for step in prefix:
+        value = value[step]
+    for index, step in enumerate(detail["loc"]):
+        if path in (("calibration", "data"), ("evaluate", "data")) and step in ("<file>", "<hub>") and not tagged:
+            tagged = True
+        elif (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int) and step < len(value)):
+            path, value = (*path, step), value[step]
+        elif detail["type"] == "missing" and index == len(detail["loc"]) - 1:
+            path, value = (*path, step), None
+        else:
+            is_key = step == "[key]"
+    return path, value, is_key
+
+
+def _unknown_key(path: _Path, data: Any) -> str:
+    name = str(path[-1])
+    options = [key for option in _alternatives(_schema_at(path[:-1]) or {}) for key in option.get("properties", ())]
+    if path[:-1] == ("quantize",):
+        backend = data["quantize"].get("backend")
+        takes = _TAKES.get(backend) if isinstance(backend, str) else None
+        options = ["backend", *takes] if takes else options
+    message = f"unknown key; allowed: {', '.join(options)}"
+    homes = [(), ("quantize",), ("calibration",), ("evaluate",)]
+    for home in homes:
+        if home != path[:-1] and name in _alternatives(_schema_at(home) or {})[0].get("properties", {}):
+            place = f"{name} at the top level" if home == () else _dotted((*home, name))
+            return f"{message}; did you mean {place}?"
+    close = _close(name, options)
+    return f"{message}; did you mean {close}?" if close else message
+
+
+def _wrong_value(path: _Path, value: object, number: str | None) -> str:
+    node = _schema_at(path) or {"type": "string"}
+    options = [str(choice) for option in _alternatives(node) for choice in option.get("enum", ())]
+    found = f"the number {number}" if number else _found(value)
+    message = f"found {found}; allowed: {_allowed(node)}"
+    kinds = [option.get("type") for option in _alternatives(node)]
+    if isinstance(value, str):
+        close = _close(value, options)
+        if "boolean" in kinds:
+            close = _YAML_1_1_BOOL.get(value.lower()) or _close(value, ("true", "false"))
+        elif not close and "string" not in kinds and _FLOAT.fullmatch(value.replace("_", "")):
+            close = value.replace("_", "")
+        if close:
+            message += f"; did you mean {close}, without quotes?" if close == value else f"; did you mean {close}?"
+        return message
+    if "string" in kinds and not options and isinstance(value, int | float | None):
+        return f"{message}; put it in quotes if it is meant as text"
+    return message
+
+
+# --- for editors and for the README -----------------------------------------------------------------------------------
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe, for editors; `qlm schema` prints it."""
+    schema = json.loads(json.dumps(_schema()))
+    section = schema["$defs"]["QuantizeRecipe"]
+    section["allOf"] = [
+        {
+            "if": {"properties": {"backend": {"const": backend}}, "required": ["backend"]},
+            "then": {
+                "properties": {
+                    **{key: False for key in section["properties"] if key not in ("backend", *_TAKES[backend])},
+                    **({"bits": {"enum": sorted(_BITS[backend])}} if backend in _BITS else {}),
+                }
+            },
+        }
+        for backend in get_args(Backend)
+    ]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "qlm recipe"}
+
+
+def schema_table() -> str:
+    """Every key of a recipe as a Markdown table: key, what is allowed, default, meaning."""
+    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+    expanded: dict[str, str] = {}
+
+    def add(node: Mapping[str, Any], prefix: str) -> None:
+        for name, child in node["properties"].items():
+            key = f"{prefix}{name}"
+            sections = [option for option in _alternatives(child) if option.get("type") == "object"]
+            inner = _schema_node(sections[0].get("additionalProperties") or sections[0]) if sections else None
+            title = inner["title"] if inner else ""
+            allowed = " or ".join(
+                ("a mapping" if option.get("additionalProperties") else "a section")
+                if option.get("type") == "object"
+                else _allowed(option)
+                for option in _alternatives(child)
+            )
+            if title in expanded:
+                allowed = allowed.replace("a section", f"a section like `{expanded[title]}`")
+            takers = [backend for backend, keys in _TAKES.items() if prefix == "quantize." and name in keys]
+            meaning = child.get("description") or _schema_node(child)["description"]
+            if takers and len(takers) < len(_TAKES):
+                meaning = f"({', '.join(takers)}) {meaning}"
+            if name in node.get("required", ()):
+                default = "required"
+            else:
+                default = f"`{json.dumps(child['default'])}`" if "default" in child else "by backend"
+            rows.append(f"| `{key}` | {allowed} | {default} | {meaning} |".replace("\n", " "))
+            if inner and title not in expanded:
+                expanded[title] = key
+                add(inner, key + (".<glob>." if sections[0].get("additionalProperties") else "."))
+
+    add(_schema(), "")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,101 @@
+"""A recipe from start to end: refuse early, quantize, measure against the float model, and give a row for the table."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from qlm.arch import FAMILIES
+from qlm.calibrate import read_text, text_ids, window_length
+from qlm.evaluate import Evaluation, evaluate
+from qlm.load import load, load_tokenizer
+from qlm.plan import plan, refuse_if_too_large
+from qlm.quantize import quantize
+from qlm.recipe import DataSource, Recipe
+from qlm.report import Row, Steps
+
+
+def peak_memory(reset: bool = False) -> int:
+    """Peak resident bytes of this process since the last reset (Linux), or since it started."""
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def evaluate_on(
+    model: str | Path,
+    source: DataSource,
+    *,
+    length: int | None,
+    windows: int | None = None,
+    baseline: str | Path | None = None,
+    revision: str | None = None,
+    baseline_revision: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    attn_implementation: str = "sdpa",
+    tell: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of a model on a text, and its KL divergence from `baseline`, by the canonical protocol (evaluate.py)."""
+    text = read_text(source)
+    loaded = load(model, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    other = None
+    if baseline is not None:
+        other = load(
+            baseline, revision=baseline_revision, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
+    spec = FAMILIES[loaded.config.model_type]
+    size = window_length(length, int(getattr(loaded.config, spec.positions)))
+    ids = text_ids(load_tokenizer(model), text.joined, spec)
+    if isinstance(tell, Steps):
+        tell.tokens_per_unit["evaluate"] = size
+    return evaluate(
+        loaded,
+        ids,
+        length=size,
+        baseline=other,
+        windows=windows,
+        data_sha256=text.sha256,
+        bos=f"{spec.bos_id} once, at the start of the text" if spec.bos_first else "none",
+        progress=None if tell is None else lambda done, total: tell("evaluate", done, total),
+    )
+
+
+def run_recipe(name: str, recipe: Recipe, *, force: bool = False, device: str = "cpu", tell: Steps | None = None) -> Row:
+    """Quantize as the recipe says, and evaluate where it says so. `name` is what the row calls it."""
+    refuse_if_too_large(recipe, plan(recipe))
+    peak_memory(reset=True)
+    start = time.perf_counter()
+    result = quantize(recipe, force=force, device=device, progress=tell)
+    quantize_seconds = time.perf_counter() - start
+    peak = peak_memory()
+    evaluation = None
+    start = time.perf_counter()
+    if recipe.evaluate is not None:
+        evaluation = evaluate_on(
+            result.output,
+            recipe.evaluate,
+            length=recipe.evaluate.length,
+            windows=recipe.evaluate.windows,
+            baseline=recipe.model,
+            baseline_revision=recipe.revision,
+            device=device,
+            attn_implementation=recipe.attn_implementation,
+            tell=tell,
+        )
+    seconds = time.perf_counter() - start if evaluation is not None else 0.0
+    section = recipe.quantize
+    backend = f"gptq {section.bits}-bit" if section.backend == "gptq" else section.backend
+    return Row(
+        name, Path(recipe.model).name, backend, result, evaluation, quantize_seconds, seconds, peak
+    )
