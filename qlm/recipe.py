@@ -137,6 +137,12 @@ class OverrideRecipe(_Section):
         return self
 
 
+def _default_bits(above: dict[str, Any]) -> Any:
+    # pydantic hands over the fields that stand before `bits`, already validated.
+    backend = above["backend"]
+    return _QTYPE_BITS[above["qtype"]] if backend == "quanto" else _BITS[backend][0]
+
+
 class QuantizeRecipe(_Section):
     """How the weights are quantized."""
 
@@ -147,9 +153,7 @@ class QuantizeRecipe(_Section):
     qtype: Qtype = Field("qint8", description="quanto's own weight type.")
     bits: Bits = Field(
         # pydantic hands over the fields above, already validated.
-        default_factory=lambda above: (
-            _QTYPE_BITS[above["qtype"]] if above["backend"] == "quanto" else _BITS[above["backend"]][0]
-        ),
+        default_factory=_default_bits,
         description="Bits per weight. "
         + "; ".join(
             f"{backend}: {', '.join(map(str, sorted(bits)))}" + (f", default {bits[0]}" if len(bits) > 1 else "")
@@ -550,9 +554,8 @@ class _Composer:
         from ruamel.yaml import YAML
         from ruamel.yaml.error import MarkedYAMLError
 
-        yaml = YAML(typ="safe", pure=True)
         try:
-            for event in yaml.parse(text):
+            for event in YAML(typ="safe", pure=True).parse(text):
                 self.mark = (event.start_mark.line + 1, event.start_mark.column + 1)
                 yield event
         except MarkedYAMLError as error:
@@ -567,11 +570,10 @@ class _Composer:
             elif "alias" in str(error.context):
                 problem += "; put a text that begins with * in quotes"
             raise _at(self.mark, f"found what is not YAML: {' '.join(problem.split())}") from None
-        except Exception as error:
+        except Exception:
             # ruamel.yaml lets bare ValueError, OverflowError, IndexError and others through on some broken texts
             # ("\UFFFFFFFF", a directive with a huge number); for a recipe they all mean the same.
-            problem = " ".join(str(error).split()) or type(error).__name__
-            raise _at((yaml.reader.line + 1, yaml.reader.column + 1), f"found what is not YAML: {problem}") from None
+            raise _at(self.mark, "found what is not YAML, here or soon after; allowed: a recipe in YAML") from None
 
     def document(self) -> _Document:
         from ruamel.yaml import events
@@ -609,9 +611,13 @@ class _Composer:
             tag = _found(str(event.tag).replace("tag:yaml.org,2002:", "!!"), "")
             raise _at(mark, f"found the tag {tag}; allowed: the value alone", path)
         if isinstance(event, events.ScalarEvent):
-            if half := re.search("[\ud800-\udfff]", event.value):
-                raise _at(mark, f"found half a surrogate pair, {_found(half[0], '')}; allowed: whole characters", path)
-            value = self._scalar(event.value, path, mark) if event.implicit[0] else event.value
+            try:
+                # "\\ud83d\\ude00" is one character in JSON, which YAML contains; ruamel.yaml leaves the halves apart.
+                text = event.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+            except UnicodeDecodeError:
+                found = _found(event.value)
+                raise _at(mark, f"found half a surrogate pair in {found}; allowed: whole characters", path) from None
+            value = self._scalar(text, path, mark) if event.implicit[0] else text
             if isinstance(value, int | float) and not isinstance(value, bool) and len(event.value) <= 60:
                 self.result.numbers[path] = event.value
             return value
@@ -689,7 +695,7 @@ def _dotted(path: _Path) -> str:
     for step in path:
         if isinstance(step, int):
             parts.append(f"[{step}]")
-        elif re.fullmatch(r"[A-Za-z_]\w{0,40}", step):
+        elif re.fullmatch(r"[A-Za-z_][\w-]{0,40}", step):
             parts.append(f".{step}" if parts else step)
         else:
             parts.append(f"[{_found(step, '')}]")
@@ -791,7 +797,7 @@ def _explain(error: ValidationError, document: _Document, prefix: _Path = ()) ->
             if context["key"] is not None:
                 path, is_key = (*path, context["key"]), True
             message = context["message"]
-        elif detail["type"] == "extra_forbidden":
+        elif detail["type"] in ("extra_forbidden", "invalid_key"):
             is_key = True
             message = _unknown_key(path, document.value)
         elif is_missing:
@@ -799,9 +805,10 @@ def _explain(error: ValidationError, document: _Document, prefix: _Path = ()) ->
         elif is_key:
             message = f"found {_found(path[-1])} as a key; allowed: a text of 1 to 256 characters"
         elif detail["type"] in ("string_too_short", "string_too_long"):
-            message = f"found {_found(value)}; allowed: a text of 1 to {MAX_TEXT} characters"
+            limits = [option.get("maxLength", 0) for option in _alternatives(_schema_at(path) or {})]
+            message = f"found {_found(value)}; allowed: a text of 1 to {max(limits)} characters"
         elif detail["type"] == "too_long":
-            message = f"found {_found(value)}, of {context['actual_length']}; allowed: at most {context['max_length']}"
+            message = f"found {context['actual_length']} entries; allowed: at most {context['max_length']}"
         else:
             message = _wrong_value(path, value, document.numbers.get(path))
         mark = document.keys.get(path) if is_key else None
@@ -825,7 +832,7 @@ def _place(detail: Any, document: _Document, prefix: _Path) -> tuple[_Path, Any,
     for index, step in enumerate(detail["loc"]):
         if path in (("calibration", "data"), ("evaluate", "data")) and step in ("<file>", "<hub>") and not tagged:
             tagged = True
-        elif (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int) and step < len(value)):
+        elif step in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(step, int):
             path, value = (*path, step), value[step]
         elif detail["type"] == "missing" and index == len(detail["loc"]) - 1:
             path, value = (*path, step), None

@@ -76,7 +76,10 @@ def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pr
                 parameter.normal_(0.0, 0.1)
             else:
                 parameter.normal_(0.0, 0.08)
-    return model.to(dtype)
+        # Not model.to(dtype): that would round GPT-NeoX's rotary frequencies, which are buffers, as well.
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def token_ids(batch: int = 2, length: int = 33, seed: int = 0) -> torch.Tensor:

@@ -18,7 +18,7 @@ from qlm.backends.base import Description, QuantizedLinear, Scheme, Statistics, 
 from qlm.errors import DataError, UsageError
 from qlm.kernels.ops import dequantize_gptq, gptq_linear
 from qlm.numerics.gptq import SingularHessian, column_order, factorize, gptq, unit_factor, weighted_norm
-from qlm.numerics.packing import encode_zero_points, pack_columns, pack_rows
+from qlm.numerics.packing import encode_zero_points, pack_rows
 from qlm.recipe import LinearSettings
 
 BITS = (2, 3, 4, 8)
@@ -54,7 +54,7 @@ class GptqLinear(nn.Module):
         return apply_keeping_dtypes(self, fn)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gptq_linear(x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, self.bits, self.v2)
+        return gptq_linear(x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, bits=self.bits, v2=self.v2)
 
     def extra_repr(self) -> str:
         return (
@@ -126,7 +126,7 @@ class GptqBackend:
             QuantizedLinear(
                 {
                     "qweight": pack_rows(codes.T, settings.bits),
-                    "qzeros": pack_columns(encode_zero_points(zero_point.T, settings.bits, "gptq"), settings.bits),
+                    "qzeros": encode_zero_points(zero_point.T, settings.bits),
                     "scales": scale.T.to(torch.float16).contiguous(),
                     "g_idx": result.g_idx.clone(),
                 },

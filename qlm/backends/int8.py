@@ -23,7 +23,7 @@ from qlm.backends.base import (
     relative_error,
 )
 from qlm.errors import DataError
-from qlm.kernels.ops import int8_linear
+from qlm.kernels.ops import int8_linear, int8_row_sum
 from qlm.numerics.affine import quantize_weight_per_channel_absmax
 from qlm.recipe import LinearSettings
 
@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
         self.symmetric_input = symmetric_input
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("row_sum", weight.sum(1, dtype=torch.int32), persistent=False)
+        self.register_buffer("row_sum", int8_row_sum(weight), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:

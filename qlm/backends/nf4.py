@@ -27,7 +27,7 @@ from qlm.backends.base import (
 )
 from qlm.errors import DataError, UsageError
 from qlm.numerics.nf4 import (
-    CODEBOOK,
+    codebook,
     dequantize_nf4,
     double_dequantize,
     double_quantize,
@@ -97,7 +97,7 @@ class Nf4Backend:
             state: dict[str, Any] = {
                 "quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype_name(weight.dtype), "shape": list(weight.shape)
             }  # fmt: skip
-            tensors = {"weight": pack_nf4(codes), "weight.quant_map": CODEBOOK.clone()}
+            tensors = {"weight": pack_nf4(codes), "weight.quant_map": codebook()}
             if settings.double_quant:
                 nested_codes, nested_absmax, offset = double_quantize(absmax)
                 state |= {
@@ -152,7 +152,7 @@ class Nf4Backend:
         for key, value in expected.items():
             if state.get(key) != value:
                 raise DataError(f"{STATE}: {key} is {state.get(key)!r}, expected {value!r}")
-        if not torch.equal(tensors["weight.quant_map"], CODEBOOK):
+        if not torch.equal(tensors["weight.quant_map"].cpu(), codebook()):
             # bitsandbytes' kernels ignore the stored table, so another one would be silently wrong.
             raise DataError("weight.quant_map: not the NF4 table; it was made by another method")
         # The quantization state says which dtype dequantizing gives; the model's own is the one that is wanted here.

@@ -25,13 +25,15 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from qlm.checkpoint import strict_json
 from qlm.checkpoint.folder import is_plain_name
 from qlm.errors import CannotCreate, DataError, MissingInput, QlmError, ReadWriteError, UsageError
+
+# At run time torch is not needed to write JSON, and takes seconds to import.
+if TYPE_CHECKING:
+    import torch
 
 TEMPORARY = ".tmp"
 # What marks a folder as one that qlm wrote: --force replaces such a folder (or an empty one) and no other.
@@ -290,7 +292,7 @@ class PartialFolder:
         return self._files / _plain(name)
 
     def finished(self, name: str) -> bool:
-        """Whether the file is there with the size and hash that were recorded when it was written. Hashed once per run."""
+        """Whether the file is there with the size and hash recorded when it was written. Hashed once per run."""
         record = self._records.get(_plain(name))
         if record is None:
             return False
@@ -337,7 +339,7 @@ class PartialFolder:
     def write_tensors(
         self,
         name: str,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, "torch.Tensor"],
         metadata: Mapping[str, str] | None = None,
         record: Any = None,
     ) -> None:

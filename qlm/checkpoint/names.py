@@ -37,7 +37,7 @@ def check_tensors(
     """Compare a checkpoint's tensors with those that its config implies.
 
     Args:
-        expected: for each name its shape and the dtypes that it may have.
+        expected: for each name its shape (a size of -1 is any) and the dtypes that it may have.
         ignored: regular expressions (full match) of names that may be there and are not used.
         names: the tensors under the names to compare, when the caller has renamed them; `checkpoint.tensors` when left
             out.
@@ -64,7 +64,7 @@ def check_tensors(
     wrong: list[str] = []
     for name, (shape, dtypes) in expected.items():
         info = found[name]
-        if info.shape != shape:
+        if not _fits(info.shape, shape):
             wrong.append(f"{name} has shape {list(info.shape)}, its config implies {list(shape)}")
         elif info.dtype not in dtypes:
             allowed = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -72,6 +72,10 @@ def check_tensors(
     if wrong:
         more = f" (and {len(wrong) - SHOWN} more)" if len(wrong) > SHOWN else ""
         raise DataError(f"{checkpoint.source}: {'; '.join(wrong[:SHOWN])}{more}")
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return len(found) == len(expected) and all(want in (size, -1) for size, want in zip(found, expected, strict=True))
 
 
 def _is_ignored(name: str, patterns: list[re.Pattern[str]], prefix: str) -> bool:

@@ -168,6 +168,13 @@ def _int8_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _int8_matmul_int_mm(q, weight) if fits else _int8_matmul_chunked(q, weight)
 
 
+def int8_kernel(device: str) -> str:
+    """What multiplies int8 on a device, in words, for `qlm doctor`."""
+    if device == "cuda" or _cpu_multiplies_int8():
+        return "torch._int_mm, exact in int32"
+    return "float32 products of 1024 columns, summed exactly in int32 (slow: this CPU has no AVX512-VNNI)"
+
+
 @functools.cache
 def _cpu_multiplies_int8() -> bool:
     """Whether torch._int_mm is both exact and fast on this CPU: with AVX512-VNNI.
@@ -365,6 +372,7 @@ def _(
 def _check_gptq(
     qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int
 ) -> None:
+    bits = int(bits)  # under torch.compile it may be a symbol, which is no dictionary key
     if bits not in _CODES_PER_PERIOD:
         raise ValueError(f"gptq_linear: {bits} bits; 2, 3, 4 and 8 are known")
     if scales.dim() != 2 or not scales.is_floating_point():

@@ -1,0 +1,306 @@
+"""The command line: parses, calls one verb, prints. Nothing else happens here but turning errors into one line and an exit code.
+
+Results go to stdout, progress and errors to stderr. Heavy imports wait for the command that needs them, so that `qlm --help` is quick.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from qlm.errors import QlmError, UsageError, printable
+
+app = typer.Typer(
+    name="qlm",
+    help="Quantize, evaluate and run OPT, GPT-NeoX and GPTBigCode models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a model on the hub: owner/name.")]
+Recipes = Annotated[list[Path], typer.Argument(help="Recipe files (YAML).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file ('-' is stdout).")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a model on the hub.")]
+Dtype = Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")]
+Attention = Annotated[str, typer.Option("--attention", help="eager, sdpa or flash_attention_2.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
+
+
+def _write_json(value: Any, target: Path | None) -> None:
+    if target is None:
+        return
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if str(target) == "-":
+        sys.stdout.write(text)
+    else:
+        from qlm.checkpoint.files import write_file
+
+        write_file(target, text)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _show(value: dict[str, Any], target: Path | None) -> None:
+    """A mapping as a table, or as JSON where that was asked for on stdout."""
+    from qlm.report import facts_table, output_console
+
+    if str(target) != "-":
+        output_console().print(facts_table(value))
+    _write_json(value, target)
+
+
+@app.command()
+def quantize(
+    recipes: Recipes,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize as each recipe says, measure the results, and print one table. Run again to continue after an interruption."""
+    from qlm.recipe import load_recipe, refuse_shared_outputs
+
+    loaded = {str(path): load_recipe(path) for path in recipes}
+    refuse_shared_outputs(loaded)
+    _set_threads(threads)
+    from qlm.load import check_device
+    from qlm.report import Reporter, output_console, results_table
+    from qlm.run import run_recipe
+
+    check_device(device)
+    reporter = Reporter(quiet)
+    rows = []
+    for number, (path, recipe) in enumerate(loaded.items(), 1):
+        title = f"[{number}/{len(loaded)}] {Path(path).stem}"
+        with reporter.progress(title) as tell:
+            rows.append(run_recipe(path, recipe, force=force, device=device, tell=tell))
+        result = rows[-1].result
+        resumed = f" ({result.resumed} blocks were there already)" if result.resumed else ""
+        reporter.note(f"{title}: {len(result.layers)} linears -> {result.output}{resumed}")
+    if str(json_file) != "-":
+        output_console().print(results_table(rows))
+    _write_json([row.to_json() for row in rows], json_file)
+
+
+@app.command()
+def plan(recipes: Recipes, json_file: JsonFile = None, debug: Debug = False) -> None:
+    """Predict memory, disk and time of recipes, without doing anything."""
+    from qlm.plan import plan as make_plan
+    from qlm.recipe import load_recipe
+
+    plans = {str(path): make_plan(load_recipe(path)).to_json() for path in recipes}
+    _show(plans if len(plans) > 1 else next(iter(plans.values())), json_file)
+
+
+@app.command()
+def validate(recipes: Recipes, debug: Debug = False) -> None:
+    """Check recipes without opening a model."""
+    from qlm.recipe import load_recipe, refuse_shared_outputs
+
+    refuse_shared_outputs({str(path): load_recipe(path) for path in recipes})
+    for path in recipes:
+        typer.echo(f"{path}: valid")
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from qlm.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A shipped recipe to copy, such as opt-125m/gptq-4bit.")] = None,
+    to: Annotated[Path | None, typer.Argument(help="Where to copy it: a file or a folder; the current folder by default.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the recipes that come with qlm, or copy one."""
+    from qlm.shipped import copy_recipe, list_recipes
+
+    if name is None:
+        for shipped in list_recipes():
+            typer.echo(shipped)
+    else:
+        typer.echo(copy_recipe(name, to or Path(".")))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A text file or a .jsonl file.")] = "",
+    column: Annotated[str, typer.Option(help="Field of a .jsonl file's objects that holds the text.")] = "text",
+    baseline: Annotated[str | None, typer.Option(help="A float model to measure KL divergence and same-top-1 against.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window; the model's positions, at most 2048.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of a model on a text, and KL divergence from a baseline."""
+    if not data:
+        raise UsageError("--data: which text? Give a text file or a .jsonl file")
+    _set_threads(threads)
+    from qlm.recipe import EvaluateRecipe
+    from qlm.report import Reporter
+    from qlm.run import evaluate_on
+
+    source = EvaluateRecipe(data=data, **({"column": column} if data.endswith(".jsonl") else {}))
+    with Reporter(quiet).progress("evaluate") as tell:
+        result = evaluate_on(
+            model, source, length=length, windows=windows, baseline=baseline, device=device, dtype=dtype,
+            attn_implementation=attention, tell=tell,
+        )  # fmt: skip
+    _show(result.to_json(), json_file)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="Above 1 is wilder, below 1 tamer.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up this probability.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said already.")] = 1.0,
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="How many continuations.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt, printing as it goes."""
+    _set_threads(threads)
+    from qlm.generate import generate as make_text
+    from qlm.load import load, load_tokenizer
+
+    def stream(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    streaming = num_return_sequences == 1 and str(json_file) != "-"
+    loaded, tokenizer = load(model, device=device, dtype=dtype, attn_implementation=attention), load_tokenizer(model)
+    if streaming:
+        stream(prompt)
+    texts = make_text(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty, num_return_sequences=num_return_sequences, seed=seed, greedy=greedy,
+        stream=stream if streaming else None,
+    )  # fmt: skip
+    if streaming:
+        typer.echo()
+    elif str(json_file) != "-":
+        for number, text in enumerate(texts, 1):
+            typer.echo(f"--- {number} ---\n{prompt}{text}")
+    _write_json({"prompt": prompt, "texts": texts}, json_file)
+
+
+@app.command()
+def inspect(model: Model, revision: Revision = None, json_file: JsonFile = None, debug: Debug = False) -> None:
+    """What is in a model folder: family, shapes, backend, bits per weight, bytes by part."""
+    from qlm.report import inspect as look
+
+    _show(look(model, revision), json_file)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A folder that qlm wrote.")], debug: Debug = False) -> None:
+    """Hash every file of an output and compare with its manifest."""
+    from qlm.checkpoint.manifest import verify as check
+
+    for line in check(folder):
+        typer.echo(line)
+
+
+@app.command()
+def doctor(json_file: JsonFile = None, debug: Debug = False) -> None:
+    """Versions, CPU features, which kernels will be used, and transformers' forward pass against qlm's own reference."""
+    from qlm.doctor import examine
+
+    report = examine()
+    _show(report, json_file)
+    if report["verdict"] != "healthy":
+        raise typer.Exit(1)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that folders and locks are left in order."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _Terminated
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"qlm: {message}\n")
+    sys.stderr.flush()
+    # Not sys.exit: threads of torch and of the tokenizers may be at work, and nothing is left to clean up.
+    sys.stdout.flush()
+    os._exit(code) if code in (130, 143) else sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Ends with an exit code of the table in errors.py."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    command = typer.main.get_command(app)
+    signal.signal(signal.SIGTERM, _terminate)
+    # Warnings of libraries are no part of what a user asked for; what matters is an error here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    try:
+        code = command.main(args=arguments, prog_name="qlm", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except QlmError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues", 130)
+    except _Terminated:
+        _fail("terminated; the same command continues", 143)
+    except BrokenPipeError:
+        os._exit(0)
+    except MemoryError:
+        _fail("error: out of memory; `qlm plan` says how much a recipe needs", 69)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own: a wrong option or argument
+            message = error.format_message()
+            if not message:  # no arguments at all: the help has been printed
+                sys.exit(0)
+            _fail(f"error: {printable(message)}; see qlm --help", 2)
+        if type(error).__name__ == "Abort":
+            _fail("interrupted; the same command continues", 130)
+        if debug:
+            traceback.print_exc()
+        _fail(f"error: {type(error).__name__}: {printable(str(error))}; this is a defect of qlm, --debug shows where", 1)
