@@ -7,6 +7,7 @@ it produce them, and moves on when the block is done. Memory is one block, its i
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,24 +97,54 @@ def _read_hub(source: HubDataset) -> Text:
         raise Unavailable("data: a hub dataset needs the package datasets; install it, or give a text file") from None
     name = "/".join(part for part in (source.name, source.config, source.split) if part)
     try:
-        data_files = source.data_files if source.data_files is None else dict.fromkeys([source.split], source.data_files)
+        data_files = (
+            source.data_files if source.data_files is None else dict.fromkeys([source.split], source.data_files)
+        )
         rows = load_dataset(
             source.name, source.config, split=source.split, revision=source.revision, data_files=data_files
         )  # fmt: skip
         documents = rows[source.column]
     except KeyError:
-        raise UsageError(f"data: {name} has no column {source.column!r}; it has {', '.join(rows.column_names)}") from None
+        raise UsageError(
+            f"data: {name} has no column {source.column!r}; it has {', '.join(rows.column_names)}"
+        ) from None
     except Exception as error:  # every layer of the hub client raises its own kinds
         raise MissingInput(f"data: {name} cannot be read: {type(error).__name__}: {error}") from None
     return Text(tuple(documents), name)
 
 
 def text_ids(tokenizer: Any, text: str, spec: FamilySpec) -> Tensor:
-    """One tokenizer call on the whole text: int64 [T], BOS once at the front where the family has it, nothing else added."""
-    ids = tokenizer(text, verbose=False).input_ids
-    if spec.bos_first and ids[:1] != [spec.bos_id]:
-        raise DataError(f"the tokenizer starts a text with {ids[:1]}, but every {spec.model_type} text starts with {spec.bos_id}")
-    return torch.tensor(ids, dtype=torch.int64)
+    """The ids of `text` as one sequence: int64 [N], from one tokenizer call, with BOS by the family's rule.
+
+    The call asks for no special tokens, so that the tokenizer's own settings cannot add a second BOS or an EOS. The
+    rule is applied here: `spec.bos_id` once at the front if `spec.bos_first`, else nothing. An empty text gives BOS
+    alone or no id.
+
+    Raises DataError if the tokenizer's own special tokens are neither none nor the rule's: then it is not the family's.
+    """
+    plain = _call(tokenizer, "a", special=False)
+    allowed = [plain, [spec.bos_id, *plain]] if spec.bos_first else [plain]
+    found = _call(tokenizer, "a", special=True)
+    if found not in allowed:
+        rule = f"{allowed[-1]} for {spec.model_type} (BOS: {bos_rule(spec)})"
+        raise DataError(f"the tokenizer turns 'a' into {found}, expected {rule}: it is another family's")
+    own_bos = getattr(tokenizer, "bos_token_id", None)
+    if spec.bos_first and own_bos not in (None, spec.bos_id):
+        raise DataError(f"the tokenizer's BOS has id {own_bos}, expected {spec.bos_id} for {spec.model_type}")
+    ids = _call(tokenizer, text, special=False)
+    return torch.tensor([spec.bos_id, *ids] if spec.bos_first else ids, dtype=torch.int64)
+
+
+def _call(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    # verbose would warn that the text is longer than the model's positions; it is cut into windows later.
+    return list(
+        tokenizer(text, add_special_tokens=special, truncation=False, padding=False, verbose=False)["input_ids"]
+    )
+
+
+def bos_rule(spec: FamilySpec) -> str:
+    """The family's BOS rule in words, as reports give it."""
+    return f"id {spec.bos_id} once at the start of the text" if spec.bos_first else "none added"
 
 
 def window_length(length: int | None, positions: int) -> int:
@@ -165,7 +196,9 @@ class Stream:
         hidden: [samples, length, hidden size], the inputs of the next block, in the dtype that the blocks compute in.
     """
 
-    def __init__(self, model: nn.Module, first_block: str, windows: Tensor, device: str = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, spec: FamilySpec, first_block: str, windows: Tensor, device: str = "cpu"
+    ) -> None:
         """Run the model up to its first block.
 
         Args:
@@ -173,8 +206,11 @@ class Stream:
             first_block: path of the block.
             windows: int64 [samples, length].
         """
-        size = max(1, BATCH_TOKENS // windows.shape[1])
+        self._spec = spec
+        self._size = max(1, BATCH_TOKENS // windows.shape[1])
         self._arguments: list[dict[str, Any]] = []
+        # Inputs of the attention's last linear, batch by batch, once that linear's statistics have been taken.
+        self._attended: list[Tensor] = []
         batches: list[Tensor] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,34 +220,53 @@ class Stream:
 
         hook = model.get_submodule(first_block).register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            for batch in windows.split(size):
-                try:
+            for batch in windows.split(self._size):
+                with suppress(_Stop):
                     model(input_ids=batch.to(device), use_cache=False)
-                except _Stop:
-                    pass
         finally:
             hook.remove()
         self.hidden = torch.cat(batches)
-        self._size = size
 
-    def statistics(self, block: nn.Module, groups: Sequence[LinearGroup], path: str) -> Mapping[LinearGroup, Statistics]:
+    def _run(self, block: nn.Module, each: Callable[[Tensor, Any], None] | None = None) -> None:
+        """Run the block on every batch; `each` gets the batch and the block's output.
+
+        What the attention computes is final once its last linear's turn has come: from then on its output is made from the kept
+        inputs of that linear, which saves the attention itself in the passes that remain.
+        """
+        attention = block.get_submodule(self._spec.attention)
+        last = block.get_submodule(self._spec.attention_out)
+        kept = iter(self._attended)
+        if self._attended:
+            attention.forward = lambda *args, **kwargs: (last(next(kept)), None)
+        try:
+            for batch, kwargs in zip(self.hidden.split(self._size), self._arguments, strict=True):
+                with suppress(_Stop):
+                    output = block(batch, **kwargs)
+                    if each is not None:
+                        each(batch, output)
+        finally:
+            if self._attended:
+                del attention.forward
+
+    def statistics(
+        self, block: nn.Module, groups: Sequence[LinearGroup], path: str
+    ) -> Mapping[LinearGroup, Statistics]:
         """The Hessians of what `groups` read, from one pass through the block that ends when the last of them has been reached.
 
         Raises:
             DataError: an activation is NaN or infinite; names the layer.
         """
         sums: dict[LinearGroup, Tensor] = {}
-        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        attended: list[Tensor] = []
         waiting: set[LinearGroup] = set()
 
         def hook_for(group: LinearGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if not waiting:
+                    waiting.update(groups)
+                if self._spec.attention_out in group.linears:
+                    attended.append(args[0])
                 x = args[0].reshape(-1, args[0].shape[-1])
-                if not bool(x.isfinite().all()):
-                    raise DataError(
-                        f"{path}.{group.linears[0]}: {int((~x.isfinite()).sum())} of {x.numel()} values of its input are NaN "
-                        "or infinite on the calibration text; the checkpoint or an earlier layer is damaged"
-                    )
                 if group not in sums:
                     sums[group] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
                 add_gram_(sums[group], x)
@@ -223,18 +278,27 @@ class Stream:
 
         hooks = [block.get_submodule(group.linears[0]).register_forward_pre_hook(hook_for(group)) for group in groups]
         try:
-            for batch, kwargs in zip(self.hidden.split(self._size), self._arguments, strict=True):
-                waiting.update(groups)
-                try:
-                    block(batch, **kwargs)
-                except _Stop:
-                    pass
+            self._run(block)
         finally:
             for handle in hooks:
                 handle.remove()
+        self._attended = self._attended or attended
+        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        for group, total in sums.items():
+            # The diagonal is the sum of squares of each input feature: one NaN or infinity anywhere shows there.
+            wrong = int((~total.diagonal().isfinite()).sum())
+            if wrong:
+                raise DataError(
+                    f"{path}.{group.linears[0]}: {wrong} of its {len(total)} input features are NaN or infinite on the "
+                    "calibration text; the checkpoint or an earlier layer is damaged"
+                )
         return {group: Statistics(finish_hessian_(total, tokens), tokens) for group, total in sums.items()}
 
     def advance(self, block: nn.Module) -> None:
         """Replace the inputs of `block` by its outputs, in place."""
-        for batch, kwargs in zip(self.hidden.split(self._size), self._arguments, strict=True):
-            batch.copy_(block(batch, **kwargs))
+
+        def replace(batch: Tensor, output: Tensor) -> None:
+            batch.copy_(output)
+
+        self._run(block, replace)
+        self._attended = []

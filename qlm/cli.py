@@ -29,7 +29,9 @@ Model = Annotated[str, typer.Argument(help="A model folder, or a model on the hu
 Recipes = Annotated[list[Path], typer.Argument(help="Recipe files (YAML).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file ('-' is stdout).")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result as JSON to this file ('-' is stdout).")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a model on the hub.")]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")]
@@ -131,7 +133,9 @@ def schema(debug: Debug = False) -> None:
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A shipped recipe to copy, such as opt-125m/gptq-4bit.")] = None,
-    to: Annotated[Path | None, typer.Argument(help="Where to copy it: a file or a folder; the current folder by default.")] = None,
+    to: Annotated[
+        Path | None, typer.Argument(help="Where to copy it: a file or a folder; the current folder by default.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """List the recipes that come with qlm, or copy one."""
@@ -149,8 +153,12 @@ def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="A text file or a .jsonl file.")] = "",
     column: Annotated[str, typer.Option(help="Field of a .jsonl file's objects that holds the text.")] = "text",
-    baseline: Annotated[str | None, typer.Option(help="A float model to measure KL divergence and same-top-1 against.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window; the model's positions, at most 2048.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A float model to measure KL divergence and same-top-1 against.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a window; the model's positions, at most 2048.")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -184,7 +192,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="Above 1 is wilder, below 1 tamer.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up this probability.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens that make up this probability.")
+    ] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said already.")] = 1.0,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="How many continuations.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
@@ -303,4 +313,6 @@ def main(arguments: list[str] | None = None) -> None:
             _fail("interrupted; the same command continues", 130)
         if debug:
             traceback.print_exc()
-        _fail(f"error: {type(error).__name__}: {printable(str(error))}; this is a defect of qlm, --debug shows where", 1)
+        _fail(
+            f"error: {type(error).__name__}: {printable(str(error))}; this is a defect of qlm, --debug shows where", 1
+        )

@@ -14,7 +14,17 @@ PACKAGES = (
     "qlm", "torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "accelerate", "datasets", "huggingface_hub",
     "compressed-tensors", "optimum-quanto", "peft", "flash-attn",
 )  # fmt: skip
-CPU_FEATURES = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "dotprod")
+CPU_FEATURES = (
+    "avx2",
+    "avx_vnni",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "dotprod",
+)
 # Largest difference of logits of order 1 in fp32, from the order of summation alone.
 REFERENCE_TOLERANCE = 1e-4
 
@@ -47,5 +57,7 @@ def examine() -> dict[str, Any]:
         "reference check (largest logit difference from transformers)": {
             name: f"{difference:.1e}" for name, difference in differences.items()
         },
-        "verdict": "healthy" if not wrong else f"transformers {_version('transformers')} computes wrong logits: {sorted(wrong)}",
+        "verdict": "healthy"
+        if not wrong
+        else f"transformers {_version('transformers')} computes wrong logits: {sorted(wrong)}",
     }

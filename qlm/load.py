@@ -80,9 +80,13 @@ def check_attention(attn_implementation: str, device: str) -> None:
         from transformers.utils import is_flash_attn_2_available
 
         if not device.startswith("cuda"):
-            raise Unavailable(f"attn_implementation: flash_attention_2 runs on CUDA only, not on {device!r}; use 'sdpa'")
+            raise Unavailable(
+                f"attn_implementation: flash_attention_2 runs on CUDA only, not on {device!r}; use 'sdpa'"
+            )
         if not is_flash_attn_2_available():
-            raise Unavailable("attn_implementation: flash_attention_2 needs the package flash-attn; install it or use 'sdpa'")
+            raise Unavailable(
+                "attn_implementation: flash_attention_2 needs the package flash-attn; install it or use 'sdpa'"
+            )
 
 
 def skeleton(spec: FamilySpec, config: Any, task: Task, attn_implementation: str) -> Any:
@@ -232,7 +236,8 @@ def _quantized_module(source: Source, linear: nn.Linear, path: str, dtype: torch
     assert source.backend is not None
     shape = (linear.out_features, linear.in_features)
     tensors = {
-        suffix: source.read(f"{path}.{suffix}").to(device) for suffix in source.backend.layout(shape, source.scheme[path])
+        suffix: source.read(f"{path}.{suffix}").to(device)
+        for suffix in source.backend.layout(shape, source.scheme[path])
     }
     bias = source.read(f"{path}.bias").to(device) if linear.bias is not None else None
     try:
@@ -360,8 +365,12 @@ def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
     specials = {"bos_token": bos, "eos_token": token("eos_token_id"), "pad_token": token("pad_token_id")}
     if spec.bos_first:
         if bos is None:
-            raise DataError(f"{checkpoint.folder}: the tokenizer has no token {spec.bos_id}, with which every text starts")
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, spec.bos_id)])
+            raise DataError(
+                f"{checkpoint.folder}: the tokenizer has no token {spec.bos_id}, with which every text starts"
+            )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, spec.bos_id)]
+        )
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.no_truncation()
@@ -395,6 +404,8 @@ def _read_tokenizer(checkpoint: Checkpoint) -> Any:
         return tokenizer
     except (KeyboardInterrupt, SystemExit, MissingInput):
         raise
-    except BaseException as error:  # the Rust side panics on some malformed files, and its PanicException is no Exception
+    except (
+        BaseException
+    ) as error:  # the Rust side panics on some malformed files, and its PanicException is no Exception
         name = "tokenizer.json" if single is not None else "vocab.json and merges.txt"
         raise DataError(f"{checkpoint.folder}: {name}: not a tokenizer: {str(error) or type(error).__name__}") from None

@@ -99,7 +99,9 @@ def plan(recipe: Recipe) -> Plan:
         recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation
     )
     if source.backend is not None:
-        raise UsageError(f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint")
+        raise UsageError(
+            f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint"
+        )
     chosen = choose_settings(model, source.spec, recipe.quantize)
     backend = BACKENDS[recipe.quantize.backend]
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from qlm.arch import FAMILIES, FamilySpec, LinearGroup
 from qlm.backends import BACKENDS, Backend, QuantizedLinear, Statistics
-from qlm.calibrate import Stream, Text, calibration_windows, read_text, window_length
+from qlm.calibrate import Stream, Text, bos_rule, calibration_windows, read_text, window_length
 from qlm.checkpoint import manifest
-from qlm.checkpoint.files import PartialFolder
+from qlm.checkpoint.files import PartialFolder, tidy
 from qlm.errors import DataError, UsageError
 from qlm.load import (
     Source,
@@ -87,9 +87,7 @@ def calibration_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
-def choose_settings(
-    model: nn.Module, spec: FamilySpec, section: QuantizeRecipe
-) -> dict[str, LinearSettings]:
+def choose_settings(model: nn.Module, spec: FamilySpec, section: QuantizeRecipe) -> dict[str, LinearSettings]:
     """Path of each linear that will be quantized to its settings, in the order of the model.
 
     Raises:
@@ -131,7 +129,9 @@ def quantize_block(
     done: dict[str, QuantizedLinear] = {}
     for stage in stages:
         groups = [group for group in stage if any(f"{path}.{linear}" in chosen for linear in group.linears)]
-        statistics: Mapping[LinearGroup, Statistics] = stream.statistics(block, groups, path) if stream and groups else {}
+        statistics: Mapping[LinearGroup, Statistics] = (
+            stream.statistics(block, groups, path) if stream and groups else {}
+        )
         for group in groups:
             names = [f"{path}.{linear}" for linear in group.linears if f"{path}.{linear}" in chosen]
             # Linears with the same settings go together: their rows are independent, and one pass serves them all.
@@ -142,12 +142,19 @@ def quantize_block(
                 for (name, weight), quantized in zip(weights.items(), results, strict=True):
                     done[name] = quantized
                     if stream is not None:
-                        use_dequantized(block, name.removeprefix(path + "."), quantized.tensors, backend, settings, weight.dtype)
+                        use_dequantized(
+                            block, name.removeprefix(path + "."), quantized.tensors, backend, settings, weight.dtype
+                        )
     return done
 
 
 def use_dequantized(
-    block: nn.Module, linear: str, tensors: Mapping[str, Tensor], backend: Backend, settings: LinearSettings, dtype: torch.dtype
+    block: nn.Module,
+    linear: str,
+    tensors: Mapping[str, Tensor],
+    backend: Backend,
+    settings: LinearSettings,
+    dtype: torch.dtype,
 ) -> None:
     """Let a float linear compute with the weight that its quantized tensors stand for."""
     weight = block.get_submodule(linear).weight
@@ -180,7 +187,9 @@ def quantize(
         recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation
     )
     if source.backend is not None:
-        raise UsageError(f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint")
+        raise UsageError(
+            f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint"
+        )
     chosen = choose_settings(model, source.spec, recipe.quantize)
     backend = BACKENDS[recipe.quantize.backend]
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -198,17 +207,20 @@ def quantize(
 
     output = Path(recipe.output)
     if not force and _is_made(output, identity):
+        tidy(output)
         return _result(output, source, resumed=len(blocks))
     with PartialFolder(output, identity, force) as partial:
         weight_map: dict[str, str] = {}
-        windows = _windows(recipe.calibration, text, source) if text is not None and recipe.calibration is not None else None
+        windows = (
+            _windows(recipe.calibration, text, source) if text is not None and recipe.calibration is not None else None
+        )
         stream: Stream | None = None
         if windows is not None:
             for name in _outside_blocks(source, blocks):
                 if name in dict(model.named_parameters()):
                     set_parameter(model, name, source.read(name).to(device=device, dtype=compute))
             tell("embed", 0, 1)
-            stream = Stream(model, blocks[0], windows, device)
+            stream = Stream(model, source.spec, blocks[0], windows, device)
             tell("embed", 1, 1)
             for name in _outside_blocks(source, blocks):
                 set_parameter(model, name, torch.empty(model.get_parameter(name).shape, device="meta"))
@@ -222,7 +234,15 @@ def quantize(
                 resumed += 1
                 facts = partial.record(shard)
                 if stream is not None:
-                    _replay(model, source, path, chosen, safetensors.torch.load(partial.path(shard).read_bytes()), compute, device)
+                    _replay(
+                        model,
+                        source,
+                        path,
+                        chosen,
+                        safetensors.torch.load(partial.path(shard).read_bytes()),
+                        compute,
+                        device,
+                    )
             else:
                 tensors, facts = _quantize_shard(model, source, path, chosen, stream, dtype, compute, device)
                 partial.write_tensors(shard, tensors, record=facts)
@@ -235,9 +255,7 @@ def quantize(
         tell("quantize", len(blocks), len(blocks))
 
         if not partial.finished(shards[0]):
-            rest = {
-                _published(source, name): _stored(source, name, dtype) for name in _outside_blocks(source, blocks)
-            }
+            rest = {_published(source, name): _stored(source, name, dtype) for name in _outside_blocks(source, blocks)}
             partial.write_tensors(shards[0], rest, record={"names": list(rest)})
         weight_map |= dict.fromkeys(partial.record(shards[0])["names"], shards[0])
         files = _write_descriptions(partial, source, model, recipe, chosen, dtype, weight_map)
@@ -247,7 +265,7 @@ def quantize(
             qlm=importlib.metadata.version("qlm"),
             outputs=partial.facts(outputs),
             layers=layers,
-            bos=f"{source.spec.bos_id} once at the start of every text" if source.spec.bos_first else "none",
+            bos=bos_rule(source.spec),
             config={key: value for key, value in source.config.to_dict().items() if key in KEY_CONFIG_VALUES},
         )
         partial.write_json(manifest.NAME, written)
@@ -257,7 +275,21 @@ def quantize(
 
 # Values that were silently wrong in another library at least once; the manifest states them.
 KEY_CONFIG_VALUES = frozenset(
-    ["model_type", "do_layer_norm_before", "word_embed_proj_dim", "_remove_final_layer_norm", "rope_parameters", "use_parallel_residual", "multi_query", "scale_attn_weights", "tie_word_embeddings", "max_position_embeddings", "n_positions", "activation_function", "hidden_act"]
+    [
+        "model_type",
+        "do_layer_norm_before",
+        "word_embed_proj_dim",
+        "_remove_final_layer_norm",
+        "rope_parameters",
+        "use_parallel_residual",
+        "multi_query",
+        "scale_attn_weights",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "n_positions",
+        "activation_function",
+        "hidden_act",
+    ]
 )
 
 
@@ -302,9 +334,7 @@ def _is_made(output: Path, identity: Mapping[str, Any]) -> bool:
 def _windows(section: CalibrationRecipe, text: Text, source: Source) -> Tensor:
     length = window_length(section.length, int(getattr(source.config, source.spec.positions)))
     tokenizer = load_tokenizer(source.checkpoint.folder)
-    return calibration_windows(
-        text, tokenizer, source.spec, samples=section.samples, length=length, seed=section.seed
-    )
+    return calibration_windows(text, tokenizer, source.spec, samples=section.samples, length=length, seed=section.seed)
 
 
 def _outside_blocks(source: Source, blocks: Sequence[str]) -> list[str]:
@@ -367,7 +397,10 @@ def _quantize_shard(
             tensors[full] = _stored(source, full, dtype)
     bits = {name: 8 * sum(t.nbytes for t in result.tensors.values()) for name, result in quantized.items()}
     layers = {
-        name: {**result.facts, "bits_per_weight": bits[name] / block.get_submodule(name.removeprefix(path + ".")).weight.numel()}
+        name: {
+            **result.facts,
+            "bits_per_weight": bits[name] / block.get_submodule(name.removeprefix(path + ".")).weight.numel(),
+        }
         for name, result in quantized.items()
     }
     return tensors, {"names": list(tensors), "layers": layers}
@@ -388,7 +421,9 @@ def _replay(
     for name, settings in chosen.items():
         if name.startswith(f"{path}."):
             backend = BACKENDS[settings.backend]
-            own = {key.removeprefix(f"{name}."): t.to(device) for key, t in tensors.items() if key.startswith(f"{name}.")}
+            own = {
+                key.removeprefix(f"{name}."): t.to(device) for key, t in tensors.items() if key.startswith(f"{name}.")
+            }
             own.pop("bias", None)
             stored = source.checkpoint.tensors[source.file_names[f"{name}.weight"]].dtype
             use_dequantized(block, name.removeprefix(f"{path}."), own, backend, settings, stored)
@@ -414,7 +449,11 @@ def _write_descriptions(
     scheme = {name: backend.format(settings, dtype) for name, settings in chosen.items()}
     left_out = [name for name in linear_paths(model) if name not in chosen]
     # The head has one name in published files and another in memory; readers look for either.
-    left_out += [source.spec.published_head] if source.spec.published_head not in left_out and recipe.task == "causal-lm" else []
+    left_out += (
+        [source.spec.published_head]
+        if source.spec.published_head not in left_out and recipe.task == "causal-lm"
+        else []
+    )
     description = backend.describe(scheme, left_out, dtype)
     config = {key: value for key, value in source.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -438,9 +477,7 @@ def _write_descriptions(
 def _result(output: Path, source: Source, resumed: int) -> QuantizeResult:
     written = manifest.read(output)
     layers = written["layers"]
-    weights = {
-        name: source.checkpoint.tensors[source.file_names[f"{name}.weight"]].shape for name in layers
-    }
+    weights = {name: source.checkpoint.tensors[source.file_names[f"{name}.weight"]].shape for name in layers}
     numel = {name: shape[0] * shape[1] for name, shape in weights.items()}
     bits = sum(layers[name]["bits_per_weight"] * numel[name] for name in layers)
     return QuantizeResult(
@@ -448,14 +485,19 @@ def _result(output: Path, source: Source, resumed: int) -> QuantizeResult:
         layers=layers,
         bits_per_weight=bits / sum(numel.values()),
         bytes=sum(file["bytes"] for name, file in written["outputs"].items() if name.endswith(".safetensors")),
-        bytes_before=sum(info.file.stat().st_size for info in {i.file: i for i in source.checkpoint.tensors.values()}.values()),
+        bytes_before=sum(
+            info.file.stat().st_size for info in {i.file: i for i in source.checkpoint.tensors.values()}.values()
+        ),
         resumed=resumed,
     )
 
 
 @torch.no_grad()
 def quantize_model(
-    model: Any, section: QuantizeRecipe | Mapping[str, Any], calibration: Tensor | None = None, progress: Progress | None = None
+    model: Any,
+    section: QuantizeRecipe | Mapping[str, Any],
+    calibration: Tensor | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Quantize a transformers model in memory, in place.
 
@@ -481,13 +523,15 @@ def quantize_model(
     if backend.needs_calibration:
         if calibration is None:
             raise UsageError("calibration: backend gptq needs token ids, int64 [samples, length]")
-        stream = Stream(model, blocks[0], calibration, str(model.get_input_embeddings().weight.device))
+        stream = Stream(model, spec, blocks[0], calibration, str(model.get_input_embeddings().weight.device))
     facts: dict[str, dict[str, Any]] = {}
     for index, path in enumerate(blocks):
         if progress is not None:
             progress("quantize", index, len(blocks))
         block = model.get_submodule(path)
-        weights = {name: model.get_submodule(name).weight.data.clone() for name in chosen if name.startswith(f"{path}.")}
+        weights = {
+            name: model.get_submodule(name).weight.data.clone() for name in chosen if name.startswith(f"{path}.")
+        }
         quantized = quantize_block(block, path, stages_of(spec, model.config), chosen, weights.__getitem__, stream)
         if stream is not None and index + 1 < len(blocks):
             stream.advance(block)

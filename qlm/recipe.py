@@ -612,7 +612,7 @@ class _Composer:
             raise _at(mark, f"found the tag {tag}; allowed: the value alone", path)
         if isinstance(event, events.ScalarEvent):
             try:
-                # "\\ud83d\\ude00" is one character in JSON, which YAML contains; ruamel.yaml leaves the halves apart.
+                # "\ud83d\ude00" is one character in JSON, which YAML contains; ruamel.yaml leaves the halves apart.
                 text = event.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
             except UnicodeDecodeError:
                 found = _found(event.value)

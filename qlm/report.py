@@ -1,5 +1,6 @@
 """Results for people: tables on the terminal, progress, and what is in a folder. Rich is used here and in cli.py only."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +67,12 @@ def results_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         measured = ["-"] * 5
         e = row.evaluation
-        if e is not None and e.baseline_perplexity is not None and e.kl_divergence is not None and e.same_top1 is not None:
+        if (
+            e is not None
+            and e.baseline_perplexity is not None
+            and e.kl_divergence is not None
+            and e.same_top1 is not None
+        ):
             measured = [
                 f"{e.baseline_perplexity:.3f}",
                 f"{e.perplexity:.3f}",
@@ -81,7 +87,9 @@ def results_table(rows: Sequence[Row]) -> Table:
             megabytes(row.result.bytes),
             f"{row.result.bytes / row.result.bytes_before:.3f}",
             *measured,
-            f"{row.quantize_seconds:.1f}" if not row.evaluate_seconds else f"{row.quantize_seconds:.1f} + {row.evaluate_seconds:.1f}",
+            f"{row.quantize_seconds:.1f}"
+            if not row.evaluate_seconds
+            else f"{row.quantize_seconds:.1f} + {row.evaluate_seconds:.1f}",
             megabytes(row.peak_memory),
         )
     return table
@@ -147,9 +155,18 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     """What is in a model folder, from headers alone: family, shapes, backend, bits per weight, bytes by part."""
     source, empty = open_source(model, revision=revision)
     tensors = source.checkpoint.tensors
-    sizes = {name: source.checkpoint.tensors[stored].nbytes for name, stored in source.file_names.items() if stored in tensors}
+    sizes = {
+        name: math.prod(tensors[stored].shape) * tensors[stored].dtype.itemsize
+        for name, stored in source.file_names.items()
+        if stored in tensors
+    }
     quantized = dict.fromkeys(source.scheme, 0)
-    parts = {"quantized linears": 0, "other linears in blocks": 0, "embeddings and head": 0, "norms, biases and positions": 0}
+    parts = {
+        "quantized linears": 0,
+        "other linears in blocks": 0,
+        "embeddings and head": 0,
+        "norms, biases and positions": 0,
+    }
     linears = set(linear_paths(empty))
     for name, size in sizes.items():
         path = next((p for p in _owners(name) if p in source.scheme), name.rpartition(".")[0])
@@ -159,7 +176,9 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
             parts["quantized linears"] += size
         elif path in linears and in_block(path) and not is_bias:
             parts["other linears in blocks"] += size
-        elif (path in linears and not is_bias) or path.endswith((source.spec.embedding, "wte", "embed_in", "embed_tokens")):
+        elif (path in linears and not is_bias) or path.endswith(
+            (source.spec.embedding, "wte", "embed_in", "embed_tokens")
+        ):
             parts["embeddings and head"] += size
         else:
             parts["norms, biases and positions"] += size

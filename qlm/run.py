@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlm.arch import FAMILIES
-from qlm.calibrate import read_text, text_ids, window_length
+from qlm.calibrate import bos_rule, read_text, text_ids, window_length
 from qlm.evaluate import Evaluation, evaluate
 from qlm.load import load, load_tokenizer
 from qlm.plan import plan, refuse_if_too_large
@@ -66,12 +66,14 @@ def evaluate_on(
         baseline=other,
         windows=windows,
         data_sha256=text.sha256,
-        bos=f"{spec.bos_id} once, at the start of the text" if spec.bos_first else "none",
+        bos=bos_rule(spec),
         progress=None if tell is None else lambda done, total: tell("evaluate", done, total),
     )
 
 
-def run_recipe(name: str, recipe: Recipe, *, force: bool = False, device: str = "cpu", tell: Steps | None = None) -> Row:
+def run_recipe(
+    name: str, recipe: Recipe, *, force: bool = False, device: str = "cpu", tell: Steps | None = None
+) -> Row:
     """Quantize as the recipe says, and evaluate where it says so. `name` is what the row calls it."""
     refuse_if_too_large(recipe, plan(recipe))
     peak_memory(reset=True)
@@ -96,6 +98,4 @@ def run_recipe(name: str, recipe: Recipe, *, force: bool = False, device: str = 
     seconds = time.perf_counter() - start if evaluation is not None else 0.0
     section = recipe.quantize
     backend = f"gptq {section.bits}-bit" if section.backend == "gptq" else section.backend
-    return Row(
-        name, Path(recipe.model).name, backend, result, evaluation, quantize_seconds, seconds, peak
-    )
+    return Row(name, Path(recipe.model).name, backend, result, evaluation, quantize_seconds, seconds, peak)

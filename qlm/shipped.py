@@ -30,7 +30,9 @@ def copy_recipe(name: str, to: Path) -> Path:
         import difflib
 
         close = difflib.get_close_matches(name, names, n=1)
-        raise UsageError(f"no recipe {name!r}; `qlm recipes` lists them" + (f"; did you mean {close[0]}?" if close else ""))
+        raise UsageError(
+            f"no recipe {name!r}; `qlm recipes` lists them" + (f"; did you mean {close[0]}?" if close else "")
+        )
     target = to / f"{name.replace('/', '-')}.yaml" if to.is_dir() else to
     if target.exists():
         raise CannotCreate(f"{target}: exists already; give another name")

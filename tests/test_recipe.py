@@ -858,7 +858,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@fast
+@settings(fast, max_examples=150)
 @given(
     st.fixed_dictionaries(
         {"model": st.just("m") | values, "output": st.just("o") | values},

@@ -24,6 +24,8 @@ GPT_BIGCODE = FamilySpec(
         (LinearGroup(("mlp.c_proj",)),),
     ),
     fused_qkv="multi_query",
+    attention="attn",
+    attention_out="attn.c_proj",
     embedding="wte",
     head="lm_head",
     published_head="lm_head",
@@ -48,7 +50,8 @@ GPT_BIGCODE = FamilySpec(
         "embd_pdrop": (float, int),
         "attn_pdrop": (float, int),
     },
-    fixed_fields=COMMON_FIXED_FIELDS,
+    # GPT-2's, which the first conversions of the models carried along.
+    fixed_fields={**COMMON_FIXED_FIELDS, "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,)},
     inert_fields=COMMON_INERT_FIELDS
     | {
         "num_key_value_heads", "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length",

@@ -26,6 +26,8 @@ GPT_NEOX = FamilySpec(
     parallel_stages=((_QKV, _UP), (_DENSE, _DOWN)),
     parallel_if="use_parallel_residual",
     fused_qkv="per_head",
+    attention="attention",
+    attention_out="attention.dense",
     embedding="embed_in",
     head="lm_head",
     published_head="embed_out",
@@ -53,7 +55,9 @@ GPT_NEOX = FamilySpec(
         "classifier_dropout": (float, int),
     },
     fixed_fields=COMMON_FIXED_FIELDS,
-    inert_fields=COMMON_INERT_FIELDS | {"attention_probs_dropout_prob", "hidden_dropout_prob", "type_vocab_size"},
+    # `custom_pipelines` (Dolly) names a Python file with a prompt template; qlm never looks for it.
+    inert_fields=COMMON_INERT_FIELDS
+    | {"attention_probs_dropout_prob", "hidden_dropout_prob", "type_vocab_size", "custom_pipelines"},
     ignored_tensors=(r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)", r"rotary_emb\.inv_freq"),
     lora_targets=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
 )

@@ -20,13 +20,17 @@ OPT = FamilySpec(
     stages=(
         (
             LinearGroup(
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm", "do_layer_norm_before"
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "self_attn_layer_norm",
+                "do_layer_norm_before",
             ),
         ),
         (LinearGroup(("self_attn.out_proj",)),),
         (LinearGroup(("fc1",), "final_layer_norm", "do_layer_norm_before"),),
         (LinearGroup(("fc2",)),),
     ),
+    attention="self_attn",
+    attention_out="self_attn.out_proj",
     embedding="decoder.embed_tokens",
     head="lm_head",
     published_head="lm_head",

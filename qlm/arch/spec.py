@@ -44,6 +44,7 @@ class FamilySpec:
             turn), or "multi_query" (all q heads, then one k, then one v; per head when the config says multi-head).
         head: the language-model head's name in memory; `published_head` is its name in files.
         head_tied: whether the head is the embedding when the config does not say.
+        attention: path of the attention inside a block, which returns (output, weights); `attention_out` is its last linear.
         embedding: path of the token embedding, inside the base model.
         position_offset: rows at the start of the position table that no position uses.
         bos_first: whether every text starts with the BOS token.
@@ -62,6 +63,8 @@ class FamilySpec:
     prefix: str
     blocks: str
     stages: tuple[tuple[LinearGroup, ...], ...]
+    attention: str
+    attention_out: str
     embedding: str
     head: str
     published_head: str
@@ -85,7 +88,65 @@ class FamilySpec:
 # Known to transformers' base config or written by one of its versions; none of them changes a logit of a model in evaluation
 # mode. Generation settings among them (eos excepted) are dropped too: qlm's own options decide how text is generated.
 COMMON_INERT_FIELDS = frozenset(
-    ["_name_or_path", "_commit_hash", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16", "is_encoder_decoder", "task_specific_params", "finetuning_task", "problem_type", "tokenizer_class", "prefix", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "tf_legacy_loss", "tie_encoder_decoder", "cross_attention_hidden_size", "sep_token_id", "initializer_range", "init_std", "attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing", "keys_to_ignore_at_inference", "is_composition", "base_model_tp_plan", "base_model_pp_plan"]
+    [
+        "_name_or_path",
+        "_commit_hash",
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "torchscript",
+        "use_bfloat16",
+        "is_encoder_decoder",
+        "task_specific_params",
+        "finetuning_task",
+        "problem_type",
+        "tokenizer_class",
+        "prefix",
+        "decoder_start_token_id",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
+        "sep_token_id",
+        "initializer_range",
+        "init_std",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "gradient_checkpointing",
+        "keys_to_ignore_at_inference",
+        "is_composition",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+    ]
 )
 
 # Fields that every family passes on.

@@ -37,4 +37,13 @@ def backend_of(config: Mapping[str, Any]) -> Backend:
     return BACKENDS[QUANT_METHODS[method]]
 
 
-__all__ = ["BACKENDS", "Backend", "Description", "QuantizedLinear", "Scheme", "Statistics", "TensorLayout", "backend_of"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Description",
+    "QuantizedLinear",
+    "Scheme",
+    "Statistics",
+    "TensorLayout",
+    "backend_of",
+]

@@ -87,7 +87,12 @@ class Backend(Protocol):
         """The float weight that the tensors stand for: fp32 [O, I]."""
 
     def module(
-        self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: Any, dtype: torch.dtype
+        self,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        format: Any,
+        dtype: torch.dtype,
     ) -> nn.Module:
         """A module that computes x W^T + b from the tensors, in `dtype`. Its state dict is the file's tensors."""
 

@@ -42,7 +42,9 @@ class GptqLinear(nn.Module):
     Buffers, as in the file: qweight int32 [I bits / 32, O]; qzeros int32 [G, O bits / 32]; scales fp16 [G, O]; g_idx int32 [I].
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: GptqFormat) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: GptqFormat
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.bits, self.v2 = format.bits, format.v2
@@ -57,9 +59,7 @@ class GptqLinear(nn.Module):
         return gptq_linear(x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, bits=self.bits, v2=self.v2)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}"
 
 
 def _group_size(settings_or_format: Any, inputs: int) -> int:
@@ -156,7 +156,12 @@ class GptqBackend:
         )
 
     def module(
-        self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: GptqFormat, dtype: torch.dtype
+        self,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        format: GptqFormat,
+        dtype: torch.dtype,
     ) -> nn.Module:
         g_idx, groups = tensors["g_idx"], tensors["scales"].shape[0]
         # g_idx is used as an address: a value out of range would read somebody else's memory in a kernel.
@@ -190,7 +195,9 @@ class GptqBackend:
         if config.get("pack_dtype", "int32") != "int32":
             raise DataError(f"quantization_config: pack_dtype {config['pack_dtype']!r}; qlm reads 'int32'")
         if config.get("lm_head"):
-            raise DataError("quantization_config: a quantized lm_head; qlm reads folders whose head is in 16 or 32 bits")
+            raise DataError(
+                "quantization_config: a quantized lm_head; qlm reads folders whose head is in 16 or 32 bits"
+            )
 
         def read_format(values: Mapping[str, Any]) -> GptqFormat:
             bits, group_size = values.get("bits"), values.get("group_size")
@@ -200,7 +207,11 @@ class GptqBackend:
                     "size of -1 or at least 8"
                 )
             return GptqFormat(
-                bits, group_size, bool(values.get("sym", True)), bool(values.get("desc_act", False)), stored == "gptq_v2"
+                bits,
+                group_size,
+                bool(values.get("sym", True)),
+                bool(values.get("desc_act", False)),
+                stored == "gptq_v2",
             )
 
         scheme: dict[str, Any] = {}
@@ -216,7 +227,9 @@ class GptqBackend:
                 try:
                     matches = re.match(pattern, name) is not None
                 except re.error as error:
-                    raise DataError(f"quantization_config: dynamic rule {rule!r} is no regular expression: {error}") from None
+                    raise DataError(
+                        f"quantization_config: dynamic rule {rule!r} is no regular expression: {error}"
+                    ) from None
                 if matches:
                     how = None if rule.startswith("-:") or how is None else {**how, **changes}
                     break  # GPTQModel takes the first rule that matches

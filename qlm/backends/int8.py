@@ -92,7 +92,12 @@ class Int8Backend:
         return tensors["weight"] * tensors["weight_scale"].float()
 
     def module(
-        self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: Int8Format, dtype: torch.dtype
+        self,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        format: Int8Format,
+        dtype: torch.dtype,
     ) -> nn.Module:
         scale = tensors["weight_scale"].float()
         return Int8Linear(tensors["weight"], scale, None if bias is None else bias.to(dtype), format.symmetric_input)
@@ -122,15 +127,23 @@ class Int8Backend:
         (group,) = groups.values()
         weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
         expected: list[tuple[str, Mapping[str, Any], dict[str, Any]]] = [
-            ("weights", weights, {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}),
+            (
+                "weights",
+                weights,
+                {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
+            ),
             ("input_activations", inputs, {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}),
         ]
         for part, found, wanted in expected:
             for key, value in wanted.items():
                 if found.get(key) != value:
-                    raise DataError(f"quantization_config: {part}.{key} is {found.get(key)!r}; qlm's int8 has {value!r}")
+                    raise DataError(
+                        f"quantization_config: {part}.{key} is {found.get(key)!r}; qlm's int8 has {value!r}"
+                    )
         if group.get("targets") != ["Linear"]:
-            raise DataError(f"quantization_config: targets {group.get('targets')!r}; qlm reads ['Linear'] with an ignore list")
+            raise DataError(
+                f"quantization_config: targets {group.get('targets')!r}; qlm reads ['Linear'] with an ignore list"
+            )
         ignored = set(config.get("ignore") or ())
         if any(name.startswith("re:") for name in ignored):
             raise DataError("quantization_config: 'ignore' holds a regular expression; qlm reads plain module names")

@@ -143,7 +143,12 @@ class Nf4Backend:
         return dequantize_nf4(unpack_nf4(tensors["weight"]), absmax, shape, BLOCK)
 
     def module(
-        self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: Nf4Format, dtype: torch.dtype
+        self,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        format: Nf4Format,
+        dtype: torch.dtype,
     ) -> nn.Module:
         import bitsandbytes as bnb
 
@@ -157,7 +162,11 @@ class Nf4Backend:
             raise DataError("weight.quant_map: not the NF4 table; it was made by another method")
         # The quantization state says which dtype dequantizing gives; the model's own is the one that is wanted here.
         packed = {
-            **{name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name not in ("weight", STATE)},
+            **{
+                name.removeprefix("weight."): tensor
+                for name, tensor in tensors.items()
+                if name not in ("weight", STATE)
+            },
             STATE.removeprefix("weight."): pack_state({**state, "dtype": dtype_name(dtype)}),
         }
         module = bnb.nn.Linear4bit(

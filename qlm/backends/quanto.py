@@ -30,14 +30,22 @@ def _quanto() -> Any:
     try:
         from optimum import quanto
     except ImportError:
-        raise Unavailable("backend quanto needs the package optimum-quanto; install qlm with its extra: qlm[quanto]") from None
+        raise Unavailable(
+            "backend quanto needs the package optimum-quanto; install qlm with its extra: qlm[quanto]"
+        ) from None
     return quanto
 
 
 def _empty(shape: tuple[int, int], bias: bool, qtype: str, dtype: torch.dtype) -> nn.Module:
     quanto = _quanto()
     return quanto.QLinear(
-        shape[1], shape[0], bias=bias, dtype=dtype, device="cpu", weights=quanto.qtypes[QUANTO_NAMES[qtype]], activations=None
+        shape[1],
+        shape[0],
+        bias=bias,
+        dtype=dtype,
+        device="cpu",
+        weights=quanto.qtypes[QUANTO_NAMES[qtype]],
+        activations=None,
     )
 
 
@@ -74,7 +82,9 @@ class QuantoBackend:
         module.freeze()
         floats = frozenset({torch.float16, torch.bfloat16, torch.float32})
         return {
-            name: TensorLayout(tuple(tensor.shape), floats if tensor.dtype == torch.float16 else frozenset({tensor.dtype}))
+            name: TensorLayout(
+                tuple(tensor.shape), floats if tensor.dtype == torch.float16 else frozenset({tensor.dtype})
+            )
             for name, tensor in module.state_dict().items()
         }
 
@@ -82,7 +92,12 @@ class QuantoBackend:
         return self.module(tensors, None, shape, format, torch.float32).weight.dequantize().float()  # type: ignore[union-attr]
 
     def module(
-        self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: QuantoFormat, dtype: torch.dtype
+        self,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        format: QuantoFormat,
+        dtype: torch.dtype,
     ) -> nn.Module:
         module = _empty(shape, bias is not None, format.qtype, dtype)
         # quanto computes in the dtype of its scales and shifts.

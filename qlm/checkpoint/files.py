@@ -233,7 +233,7 @@ class PartialFolder:
     An error leaves the finished files for the next run, and nothing at all when no file is finished.
 
     Args:
-        output: the folder to make. Its parent must be there, the folder itself must not (unless `force`).
+        output: the folder to make. It must not be there (unless `force`); folders above it are made.
         identity: what is being made, as JSON values: everything that decides the output's bytes.
         force: start over, whatever a former run left, and let `commit` replace an existing output.
 
@@ -258,15 +258,17 @@ class PartialFolder:
         self._committed = False
         # Whether the partial folder holds nothing of a former run, so that it can go when this one cannot start.
         self._fresh = False
+        self._parents: list[Path] = []
 
     def __enter__(self) -> "PartialFolder":
-        self._fresh = self._take_lock()
         try:
+            self._make_parents()
+            self._fresh = self._take_lock()
             self._start()
         except BaseException:
             if self._fresh:
-                with suppress(QlmError):
-                    self._remove_partial()
+                self._leave_nothing()
+            self._remove_parents()
             self._release_lock()
             raise
         return self
@@ -276,9 +278,8 @@ class PartialFolder:
     ) -> None:
         try:
             if kind is not None and not self._committed and not self._records:
-                # The error under way says what went wrong; that its remains cannot be removed as well adds nothing.
-                with suppress(QlmError):
-                    self._remove_partial()
+                self._leave_nothing()
+                self._remove_parents()
         finally:
             self._release_lock()
 
@@ -459,35 +460,58 @@ class PartialFolder:
         path = self.partial / name
         _write_atomically(path, path.with_name(name + TEMPORARY), strict_json.dumps(value))
 
+    def _make_parents(self) -> None:
+        """Create the folders above the output that are not there."""
+        for folder in reversed(self.output.parents):
+            if not folder.exists() and _make_folder(folder):
+                self._parents.append(folder)
+
+    def _remove_parents(self) -> None:
+        """Remove what `_make_parents` created, as far as it is still empty."""
+        for folder in reversed(self._parents):
+            with suppress(OSError):
+                os.rmdir(folder)
+
+    def _leave_nothing(self) -> None:
+        # The error under way says what went wrong; that its remains cannot be removed as well adds nothing.
+        with suppress(QlmError):
+            self._remove_partial()
+
     def _take_lock(self) -> bool:
         """Make the folder unless it is there, and lock it; whether it was made."""
         created = False
-        for _ in range(100):
-            created = _make_folder(self.partial) or created
-            path = self.partial / "lock"
-            with _doing("lock", path):
-                try:
-                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-                except FileNotFoundError:
-                    continue  # the process that was writing has just finished and removed the folder
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    raise CannotCreate(
-                        f"{self.output}: another process is writing it at this moment; wait for it to end"
-                    ) from None
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                # The file may have been removed by its former owner between the two calls; then this lock locks nobody
-                # out.
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                        self._lock = descriptor
-                        return created
+        try:
+            while self._lock is None:
+                created = _make_folder(self.partial) or created
+                self._lock = self._try_lock(self.partial / "lock")
+        except BaseException:
+            if created:
+                with suppress(OSError):  # not empty: it is another process's by now
+                    os.rmdir(self.partial)
+            raise
+        return created
+
+    def _try_lock(self, path: Path) -> int | None:
+        """Descriptor of the locked file; None when the process that was writing has just finished and removed it."""
+        with _doing("lock", path):
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            except FileNotFoundError:
+                return None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+            except BlockingIOError:
                 os.close(descriptor)
-        raise CannotCreate(f"{self.output}: other processes keep writing it; wait for them to end")
+                raise CannotCreate(f"{self.output}: another process is writing it; wait for it to end") from None
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # removed between the two calls, so that this lock would lock nobody out
+            return None
 
     def _release_lock(self) -> None:
         if self._lock is not None:
@@ -514,6 +538,14 @@ class PartialFolder:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                         raise
             _sync_folder(self.output.parent)
+
+
+def tidy(output: str | Path) -> None:
+    """Remove what a run left beside its output when it was stopped right after the output had appeared."""
+    folder = PartialFolder(output, {})
+    if os.path.lexists(folder.output) and folder.partial.is_dir() and not os.path.lexists(folder.partial / "files"):
+        with suppress(CannotCreate):  # the output exists; what is left of its making goes before that is said
+            folder.__enter__()
 
 
 def _plain(name: str) -> str:

@@ -157,6 +157,8 @@ def _members(descriptor: int, source: Path) -> dict[str, tuple[int, int]]:
             members[name] = (begin, entry.file_size)
             spans.append((entry.header_offset, begin + entry.file_size, entry.filename))
     spans.sort()
+    if spans and spans[0][0] != 0:
+        raise DataError(f"{source}: {spans[0][0]} bytes come before the first member; torch.save writes none")
     for (_, end, last), (begin, _, name) in pairwise(spans):
         if begin < end:
             raise DataError(f"{source}: the members {last!r} and {name!r} overlap")

@@ -1,11 +1,12 @@
-"""What the right logits are: the three families in plain torch, written from the papers and from what the config's fields mean.
+"""What the right logits are: the three families in plain torch, written from the papers and from the config's fields.
 
-Sources: OPT arXiv:2205.01068 and its released weights; GPT-NeoX arXiv:2204.06745 with rotary embedding arXiv:2104.09864; SantaCoder
-arXiv:2301.03988 with multi-query attention arXiv:1911.02150. It shares no code and no structure with transformers, so that the two
-check each other: `check` compares them on a given model, `self_check` on small random models of every variant.
+Sources: OPT arXiv:2205.01068 and its released weights; GPT-NeoX arXiv:2204.06745 with rotary embedding
+arXiv:2104.09864; SantaCoder arXiv:2301.03988 with multi-query attention arXiv:1911.02150. It shares no code and no
+structure with transformers, so that the two check each other: `check` compares them on a given model, `self_check` on
+small random models of every variant.
 
-It is slow on purpose (no cache, no fused attention, one explicit mask) and refuses what it does not know: another model type,
-activation or kind of rotary scaling, a missing tensor, a text longer than the positions.
+It is slow on purpose (no cache, no fused attention, one explicit mask) and refuses what it does not know: another model
+type, activation or kind of rotary scaling, a missing tensor, a text longer than the positions.
 
 Shapes: B texts, T tokens, E width of the residual stream, H heads, D head dim, V vocabulary.
 """
@@ -14,14 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlm.arch import FAMILIES
 from qlm.errors import DataError, UsageError
 
-# What a field means when config.json leaves it out. Written down a second time on purpose: transformers' config classes are the
-# other statement, and a test compares the two.
+# What a field means when config.json leaves it out. Written down a second time on purpose: transformers' config classes
+# are the other statement, and a test compares the two.
 DEFAULTS: dict[str, dict[str, object]] = {
     "opt": {
         "vocab_size": 50272,
@@ -70,7 +70,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
 
 # OPT's config has no field for it: torch's default, which the released models were trained with.
 OPT_LAYER_NORM_EPS = 1e-5
-# Rows of OPT's position table before the one of the first token: fairseq kept them for padding (embed index = position + pad id + 1).
+# Rows of OPT's position table before the first token's: fairseq counts positions from the padding id (1) plus 1.
 OPT_POSITION_OFFSET = 2
 
 
@@ -105,8 +105,10 @@ def logits(
 
     Args:
         model_type: "opt", "gpt_neox" or "gpt_bigcode".
-        config: fields of the family's config; those left out have their published defaults, those without meaning here are ignored.
-        tensors: by the names of published files (`model.decoder.…`, `gpt_neox.…` and `embed_out.weight`, `transformer.…`).
+        config: fields of the family's config; those left out have their published defaults, those that change no logit
+            are ignored.
+        tensors: by their names in published files (`model.decoder.…`; `gpt_neox.…` and `embed_out.weight`;
+            `transformer.…`).
         ids: integers [B, T], no padding.
         dtype: float32 or float64.
 
@@ -165,7 +167,8 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _opt(c: Mapping[str, Any], w: _Weights, ids: Tensor) -> Tensor:
-    width, heads, bias, affine = c["hidden_size"], c["num_attention_heads"], c["enable_bias"], c["layer_norm_elementwise_affine"]
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    bias, affine = c["enable_bias"], c["layer_norm_elementwise_affine"]
     before, activation = c["do_layer_norm_before"], _activation(c["activation_function"])
     projected = c["word_embed_proj_dim"] not in (None, width)
 
@@ -225,12 +228,15 @@ def _rotate(x: Tensor, rotated: int, base: float) -> Tensor:
 
 
 def _gpt_neox(c: Mapping[str, Any], w: _Weights, ids: Tensor) -> Tensor:
-    heads, eps, bias, activation = c["num_attention_heads"], c["layer_norm_eps"], c["attention_bias"], _activation(c["hidden_act"])
+    heads, eps, bias = c["num_attention_heads"], c["layer_norm_eps"], c["attention_bias"]
+    activation = _activation(c["hidden_act"])
     head_dim = c["hidden_size"] // heads
     share, base = _rotary(c)
     rotated = int(head_dim * share)
     if rotated % 2:
-        raise UsageError(f"rotary_pct {share}: {rotated} of {head_dim} numbers of each head would rotate; they rotate in pairs")
+        raise UsageError(
+            f"rotary_pct {share}: {rotated} of each head's {head_dim} numbers would rotate; expected an even count"
+        )
 
     def attention(x: Tensor, name: str) -> Tensor:
         # The fused projection's rows are [q|k|v] of the first head, then of the second, ...
@@ -252,13 +258,14 @@ def _gpt_neox(c: Mapping[str, Any], w: _Weights, ids: Tensor) -> Tensor:
 
 
 def _gpt_bigcode(c: Mapping[str, Any], w: _Weights, ids: Tensor) -> Tensor:
-    width, heads, eps, activation = c["n_embd"], c["n_head"], c["layer_norm_epsilon"], _activation(c["activation_function"])
+    width, heads, eps = c["n_embd"], c["n_head"], c["layer_norm_epsilon"]
+    activation = _activation(c["activation_function"])
     head_dim = width // heads
     scale = head_dim**-0.5 if c["scale_attn_weights"] else 1.0
 
     def attention(x: Tensor, name: str) -> Tensor:
         fused = w.linear(x, f"{name}.c_attn")
-        if c["multi_query"]:  # rows: the queries of all heads, one key, one value; every head reads the same key and value
+        if c["multi_query"]:  # rows: the queries of all heads, one key, one value, which all heads read
             q = fused[..., :width].unflatten(-1, (heads, head_dim))
             k, v = (part.unsqueeze(-2).expand_as(q) for part in fused[..., width:].split(head_dim, dim=-1))
         else:  # rows: [q|k|v] of the first head, then of the second, ...
@@ -299,7 +306,7 @@ def check(model: Any, *, length: int = 48, seed: int = 0) -> float:
     """Largest absolute difference between a transformers causal LM's logits and the reference's, on 2 random texts.
 
     Args:
-        model: a float instance of one of the families' causal LM classes, on any device; it is compared as it is, dropout off.
+        model: a float instance of one of the families' causal LM classes, on any device, in evaluation mode.
         length: tokens of each text; cut to the model's positions.
         seed: of the random ids.
 
@@ -312,22 +319,25 @@ def check(model: Any, *, length: int = 48, seed: int = 0) -> float:
         raise UsageError("the model is in training mode, where dropout changes its logits; call model.eval() first")
     config = model.config.to_dict()
     tokens = min(length, config[spec.positions])
-    ids = torch.randint(config["vocab_size"], (2, tokens), generator=torch.Generator().manual_seed(seed)).to(model.device)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config["vocab_size"], (2, tokens), generator=generator).to(model.device)
     expected = logits(spec.model_type, config, published_tensors(model), ids)
     difference = (model(ids, use_cache=False).logits.float() - expected).abs()
     return float(difference.max()) if bool(difference.isfinite().all()) else float("inf")
 
 
-# Small models for `self_check`: every way in which a config changes what a family computes. Widths are no powers of two.
+# Small models for `self_check`, in every way in which a config changes what a family computes.
+_NO_SPECIALS: dict[str, object] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _SMALL: dict[str, dict[str, object]] = {
     "opt": dict(
-        vocab_size=97, hidden_size=48, ffn_dim=112, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=40,
-        word_embed_proj_dim=48,
+        vocab_size=97, hidden_size=48, ffn_dim=112, num_hidden_layers=2, num_attention_heads=3,
+        max_position_embeddings=40, word_embed_proj_dim=48, **_NO_SPECIALS,
     ),
     "gpt_neox": dict(
-        vocab_size=97, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=40,
+        vocab_size=97, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=3,
+        max_position_embeddings=40, **_NO_SPECIALS,
     ),
-    "gpt_bigcode": dict(vocab_size=97, n_embd=48, n_inner=112, n_layer=2, n_head=3, n_positions=40),
+    "gpt_bigcode": dict(vocab_size=97, n_embd=48, n_inner=112, n_layer=2, n_head=3, n_positions=40, **_NO_SPECIALS),
 }  # fmt: skip
 
 
@@ -358,9 +368,9 @@ SELF_CHECK_TOLERANCE = 1e-4  # float32, logits of a few units, two blocks: round
 
 
 def self_check() -> dict[str, float]:
-    """`check` on a small random model of every variant, with eager and with SDPA attention: "variant, attention" to difference.
+    """`check` on small random models of every variant, eager and SDPA: "variant, attention" to difference.
 
-    Everything above SELF_CHECK_TOLERANCE means that the installed transformers computes something else than the family's definition.
+    A difference above SELF_CHECK_TOLERANCE means that the installed transformers does not compute what the family is.
     Takes about a second; leaves torch's global random state as it was.
     """
     import transformers
@@ -368,13 +378,13 @@ def self_check() -> dict[str, float]:
     result: dict[str, float] = {}
     for variant, (model_type, changes) in _VARIANTS.items():
         spec = FAMILIES[model_type]
-        config = getattr(transformers, spec.config_class)(**_SMALL[model_type], **changes)
+        config = getattr(transformers, spec.config_class)(**{**_SMALL[model_type], **changes})
         with torch.random.fork_rng(devices=[]):
             model = getattr(transformers, spec.model_classes["causal-lm"])(config).float().eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Vectors around 1 or 0 with noise, so that no bias and no norm is the neutral one that hides its absence.
+                # Vectors get noise too: a bias of 0 or a norm's weight of 1 would hide that it is not used.
                 neutral = parameter.mean().round() if parameter.ndim == 1 else torch.tensor(0.0)
                 parameter.copy_(neutral + 0.12 * torch.randn(parameter.shape, generator=generator))
         for attention in ("eager", "sdpa"):

@@ -25,7 +25,9 @@ def round_to_fp16(scale: Tensor) -> Tensor:
         ValueError: a scale is too large for fp16 or is not finite.
     """
     if not bool((scale.abs() <= LARGEST_FP16).all()):
-        raise ValueError(f"a scale of {scale.abs().max().item():.6g} does not fit into fp16 (largest: {LARGEST_FP16:.0f})")
+        raise ValueError(
+            f"a scale of {scale.abs().max().item():.6g} does not fit into fp16 (largest: {LARGEST_FP16:.0f})"
+        )
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     rounded = scale.to(torch.float16).to(torch.float32)
     return torch.where(rounded == 0, torch.copysign(torch.full_like(scale, SMALLEST_FP16), scale), rounded)

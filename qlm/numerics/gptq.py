@@ -20,7 +20,7 @@ from qlm.numerics.affine import minmax_grid, search_grid
 
 BLOCK = 128
 # Columns of H that one product fills; below this a full square product is faster than its lower triangle.
-GRAM_CHUNK = 1024
+GRAM_CHUNK = 512
 
 
 class SingularHessian(ValueError):
@@ -108,7 +108,9 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         if info.item() == 0 and bool(L.diagonal().isfinite().all()):
             break
         if attempt >= 1:
-            raise SingularHessian(f"not positive definite, even with a damping of {attempt:g} times the mean of its diagonal")
+            raise SingularHessian(
+                f"not positive definite, even with a damping of {attempt:g} times the mean of its diagonal"
+            )
         attempt = min(2 * attempt if attempt > 0 else 1e-4, 1.0)
     del damped
     R = L.flip(0, 1)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlm.checkpoint import files
-from qlm.checkpoint.files import PartialFolder, write_file
+from qlm.checkpoint.files import PartialFolder, tidy, write_file
 from qlm.errors import CannotCreate, QlmError, ReadWriteError, UsageError
 
 IDENTITY = {"recipe": {"quantize": {"bits": 4, "skip": []}}, "inputs": {"a.safetensors": "00"}}
@@ -166,8 +166,9 @@ def test_a_second_writer_is_refused(tmp_path):
         "    print(error)\n"
     )
     with PartialFolder(tmp_path / "out", {}) as folder:
+        other = PartialFolder(tmp_path / "out", {}, force=True)
         with pytest.raises(CannotCreate, match="another process is writing it"):
-            PartialFolder(tmp_path / "out", {}, force=True).__enter__()
+            other.__enter__()
         second = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=True
         )
@@ -207,16 +208,45 @@ def test_an_error_before_the_first_finished_file_leaves_nothing(tmp_path):
 
 
 def test_an_error_later_keeps_what_is_finished(tmp_path):
-    with pytest.raises(ZeroDivisionError), PartialFolder(tmp_path / "out", {}) as folder:
-        folder.write_json("config.json", {})
-        raise ZeroDivisionError
+    def fail_after_the_first_file() -> None:
+        with PartialFolder(tmp_path / "out", {}) as folder:
+            folder.write_json("config.json", {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_after_the_first_file()
     with PartialFolder(tmp_path / "out", {}) as folder:
         assert folder.finished("config.json")
 
 
-def test_a_missing_parent_is_one_line(tmp_path):
-    with pytest.raises(CannotCreate, match="No such file or directory"), PartialFolder(tmp_path / "no" / "out", {}):
-        pass
+def test_folders_above_the_output_are_made_and_an_error_takes_them_away_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), PartialFolder(tmp_path / "a" / "b" / "out", {}):
+        raise ZeroDivisionError
+    assert contents(tmp_path) == {}
+    with PartialFolder(tmp_path / "a" / "b" / "out", {}) as folder:
+        folder.write_json("manifest.json", {})
+        folder.commit(["manifest.json"])
+    assert contents(tmp_path).keys() == {"a/", "a/b/", "a/b/out/", "a/b/out/manifest.json"}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CannotCreate, match=r"Not a directory|File exists"):
+        PartialFolder(tmp_path / "file" / "out", {}).__enter__()
+
+
+def test_tidy_removes_what_a_kill_after_the_commit_leaves(tmp_path):
+    with PartialFolder(tmp_path / "out", {}) as folder:
+        folder.write_json("manifest.json", {})
+        folder.commit(["manifest.json"])
+    before = contents(tmp_path)
+    for names in ([], ["lock"], ["identity.json", "lock"], ["identity.json", "lock", "progress.json"]):
+        (tmp_path / "out.partial").mkdir()
+        for name in names:
+            (tmp_path / "out.partial" / name).write_text("{}")
+        tidy(tmp_path / "out")
+        assert contents(tmp_path) == before
+    tidy(tmp_path / "out")
+    (tmp_path / "out.partial" / "files").mkdir(parents=True)  # unfinished: not tidy's business
+    tidy(tmp_path / "out")
+    assert (tmp_path / "out.partial" / "files").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "x.tmp", "a\nb"])
