@@ -6,11 +6,12 @@ again through the finished ones, with the same operations on the same bytes, so 
 """
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -101,8 +102,8 @@ def choose_settings(model: nn.Module, spec: FamilySpec, section: QuantizeRecipe)
     for name in linears:
         settings = settings_for(section, name)
         if settings is not None:
-            rows, columns = model.get_submodule(name).weight.shape
-            backend.check(name, (rows, columns), settings)
+            linear = cast(nn.Linear, model.get_submodule(name))
+            backend.check(name, (linear.out_features, linear.in_features), settings)
             chosen[name] = settings
     if not chosen:
         raise UsageError("quantize.skip: every linear is left out; there is nothing to quantize")
@@ -399,7 +400,8 @@ def _quantize_shard(
     layers = {
         name: {
             **result.facts,
-            "bits_per_weight": bits[name] / block.get_submodule(name.removeprefix(path + ".")).weight.numel(),
+            "bits_per_weight": bits[name]
+            / math.prod(source.checkpoint.tensors[source.file_names[f"{name}.weight"]].shape),
         }
         for name, result in quantized.items()
     }

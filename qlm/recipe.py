@@ -4,11 +4,9 @@ A recipe is a YAML file of at most a screenful: which model, which backend, whic
 pydantic models below are the only home of every key, its allowed values, its default and its meaning; the JSON Schema
 for editors and the table in `recipes/README.md` are made from them.
 
-A recipe is taken at its word or refused. YAML 1.2 with the core schema (https://yaml.org/spec/1.2.2/#103-core-schema):
-`1e-4` is a number, `no` is a text. Refused on top: duplicate and unknown keys, anchors, aliases, tags, several
-documents, numbers that are not finite or that YAML 1.1 and 1.2 read differently (`010`), keys without a value, keys
-that the chosen backend would ignore, nesting deeper than 16, files above 256 KiB. Every error is one line:
-`file:line:column: key.path: what was found; what is allowed`.
+A recipe is taken at its word or refused: strict_yaml.py says how its text becomes values. Unknown keys are refused, and so are
+keys that the chosen backend would ignore. Every error is one line: `file:line:column: key.path: what was found; what is
+allowed`.
 
 Nothing here opens a file except `load_recipe`, which opens the recipe alone.
 """
@@ -17,12 +15,10 @@ import difflib
 import fnmatch
 import functools
 import json
-import math
 import os
-import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -42,11 +38,18 @@ from pydantic_core import PydanticCustomError
 
 from qlm.arch.spec import Task
 from qlm.errors import MissingInput, QlmError, ReadWriteError, UsageError
+from qlm.strict_yaml import (
+    FLOAT,
+    MAX_BYTES,
+    Document,
+    KeyPath,
+    Mark,
+    dotted,
+    in_words,
+    position,
+    read_yaml,
+)
 
-MAX_BYTES = 256 * 1024
-MAX_DEPTH = 16
-MAX_VALUES = 10_000
-MAX_INTEGER = 2**63 - 1
 MAX_TEXT = 4096
 
 Backend = Literal["int8", "nf4", "gptq", "quanto"]
@@ -84,22 +87,22 @@ def _refused(key: str | None, message: str) -> PydanticCustomError:
 
 def _plain_text(text: str) -> str:
     if not text.isprintable():
-        raise _refused(None, f"found {_found(text)} with an unprintable character; allowed: printable characters")
+        raise _refused(None, f"found {in_words(text)} with an unprintable character; allowed: printable characters")
     if text != text.strip():
-        raise _refused(None, f"found {_found(text)}; allowed: the same without the space around it")
+        raise _refused(None, f"found {in_words(text)}; allowed: the same without the space around it")
     return text
 
 
 def _local_path(text: str) -> str:
     if text.startswith("~"):
-        raise _refused(None, f"found {_found(text)}; '~' is not expanded here: write the path without it")
+        raise _refused(None, f"found {in_words(text)}; '~' is not expanded here: write the path without it")
     return text
 
 
 def _whole(value: object) -> object:
     # pydantic's strict Literal takes 4.0 for 4.
     if isinstance(value, float):
-        raise _refused(None, f"found {_found(value)}; allowed: a whole number")
+        raise _refused(None, f"found {in_words(value)}; allowed: a whole number")
     return value
 
 
@@ -213,7 +216,7 @@ class QuantizeRecipe(_Section):
         for glob, override in self.overrides.items():
             if glob in self.skip and override.skip is not False:
                 raise _refused(
-                    "overrides", f"found {_found(glob, '')} here and in skip, which wins; remove one of the two"
+                    "overrides", f"found {in_words(glob, '')} here and in skip, which wins; remove one of the two"
                 )
         return self
 
@@ -308,7 +311,7 @@ class Recipe(_Section):
                 inputs[key] = section.data
         for key, path in inputs.items():
             if _contains(self.output, path):
-                found = f"found {_found(self.output, '')}, which holds {key} {_found(path, '')}"
+                found = f"found {in_words(self.output, '')}, which holds {key} {in_words(path, '')}"
                 raise _refused("output", f"{found}; allowed: a folder of its own")
         return self
 
@@ -400,12 +403,12 @@ def quantize_section(section: QuantizeRecipe | Mapping[str, Any]) -> QuantizeRec
     if isinstance(section, QuantizeRecipe):
         return section
     if not isinstance(section, Mapping):
-        raise UsageError(f"quantize: found {_found(section)}; allowed: a section, as a mapping or a QuantizeRecipe")
+        raise UsageError(f"quantize: found {in_words(section)}; allowed: a section, as a mapping or a QuantizeRecipe")
     data = dict(section)
     try:
         return QuantizeRecipe.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_explain(error, _Document({"quantize": data}), ("quantize",))) from None
+        raise UsageError(_explain(error, Document({"quantize": data}), ("quantize",))) from None
 
 
 def refuse_shared_outputs(recipes: Mapping[str, Recipe]) -> None:
@@ -419,8 +422,8 @@ def refuse_shared_outputs(recipes: Mapping[str, Recipe]) -> None:
         for other_source, other in seen:
             if _contains(recipe.output, other.output) or _contains(other.output, recipe.output):
                 raise UsageError(
-                    f"{source}: output: found {_found(recipe.output, '')}, and {other_source} writes to "
-                    f"{_found(other.output, '')}; allowed: a folder of its own for each recipe"
+                    f"{source}: output: found {in_words(recipe.output, '')}, and {other_source} writes to "
+                    f"{in_words(other.output, '')}; allowed: a folder of its own for each recipe"
                 )
         seen.append((source, recipe))
 
@@ -456,7 +459,7 @@ def load_recipe(path: str | Path) -> Recipe:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8")
-        line, column = _position(before, len(before))
+        line, column = position(before, len(before))
         raise UsageError(
             f"{source}:{line}:{column}: found byte 0x{raw[error.start]:02x}, which is not UTF-8; "
             "allowed: a recipe, YAML in UTF-8"
@@ -471,7 +474,7 @@ def parse_recipe(text: str, source: str) -> Recipe:
         UsageError: `source:line:column: key.path: what was found; what is allowed`.
     """
     try:
-        document = _read_yaml(text)
+        document = read_yaml(text)
         try:
             return Recipe.model_validate(document.value)
         except ValidationError as error:
@@ -491,233 +494,12 @@ def _neighbour(source: str) -> str:
     return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
 
 
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-_Path = tuple[str | int, ...]
-_Mark = tuple[int, int]  # line, column; both from 1
-
-
-@dataclass
-class _Document:
-    """Plain values, and where in the text each key and each value begins."""
-
-    value: Any
-    values: dict[_Path, _Mark] = field(default_factory=dict)
-    keys: dict[_Path, _Mark] = field(default_factory=dict)
-    numbers: dict[_Path, str] = field(default_factory=dict)  # as they are written
-
-
-# YAML 1.2.2, section 10.3.2, but for integers with leading zeros, which are sorted out in `_scalar`.
-_NULL = re.compile(r"null|Null|NULL|~")
-_BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
-_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-# Characters that YAML forbids, and the exotic line ends that editors and parsers count differently.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
-
-
-def _position(text: str, index: int) -> _Mark:
-    lines = re.split(r"\r\n|\r|\n", text[:index])
-    return len(lines), len(lines[-1]) + 1
-
-
-def _at(mark: _Mark, message: str, path: _Path = ()) -> UsageError:
-    return UsageError(f"{mark[0]}:{mark[1]}: {_dotted(path)}: {message}" if path else f"{mark[0]}:{mark[1]}: {message}")
-
-
-def _read_yaml(text: str) -> _Document:
-    """One YAML document as plain values with positions.
-
-    The events come from ruamel.yaml; what they mean is decided here, so that no constructor of a library is reached.
-    """
-    text = text.removeprefix("\ufeff")
-    if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise _at((1, 1), f"found more than {MAX_BYTES} bytes; allowed: a recipe of at most that")
-    forbidden = _FORBIDDEN.search(text)
-    if forbidden:
-        mark = _position(text, forbidden.start())
-        raise _at(mark, f"found the character U+{ord(forbidden[0]):04X}; allowed: a recipe, printable text in YAML")
-    return _Composer(text).document()
-
-
-class _Composer:
-    """Turns ruamel.yaml's events into a `_Document`."""
-
-    def __init__(self, text: str) -> None:
-        self.mark: _Mark = (1, 1)
-        self.count = 0
-        self.events = self._events(text)
-        self.result = _Document(None)
-
-    def _events(self, text: str) -> Iterator[Any]:
-        from ruamel.yaml import YAML
-        from ruamel.yaml.error import MarkedYAMLError
-
-        try:
-            for event in YAML(typ="safe", pure=True).parse(text):
-                self.mark = (event.start_mark.line + 1, event.start_mark.column + 1)
-                yield event
-        except MarkedYAMLError as error:
-            problem = str(error.problem or error.context or "cannot be read")
-            mark = error.problem_mark or error.context_mark
-            if "end of stream" in problem and error.context_mark:
-                # An open quote: where it opens helps, the end of the file does not.
-                mark, problem = error.context_mark, f"{error.context}, {problem}"
-            self.mark = (mark.line + 1, mark.column + 1) if mark else self.mark
-            if "'\\t'" in problem:
-                problem += "; indent with spaces"
-            elif "alias" in str(error.context):
-                problem += "; put a text that begins with * in quotes"
-            raise _at(self.mark, f"found what is not YAML: {' '.join(problem.split())}") from None
-        except Exception:
-            # ruamel.yaml lets bare ValueError, OverflowError, IndexError and others through on some broken texts
-            # ("\UFFFFFFFF", a directive with a huge number); for a recipe they all mean the same.
-            raise _at(self.mark, "found what is not YAML, here or soon after; allowed: a recipe in YAML") from None
-
-    def document(self) -> _Document:
-        from ruamel.yaml import events
-
-        next(self.events)  # start of stream
-        start = next(self.events)
-        if not isinstance(start, events.DocumentStartEvent):
-            raise _at((1, 1), "found an empty file; allowed: a recipe, with model, quantize and output")
-        if start.tags or start.version not in (None, (1, 2)):
-            raise _at(self.mark, "found a YAML directive; allowed: none but %YAML 1.2")
-        self.result.value = self._node(next(self.events), (), 0)
-        next(self.events)  # end of document
-        if not isinstance(next(self.events), events.StreamEndEvent):
-            raise _at(self.mark, "found a second document; allowed: one recipe a file")
-        if not isinstance(self.result.value, dict):
-            found = _found(self.result.value)
-            raise _at(self.result.values[()], f"found {found}; allowed: a recipe, with model, quantize and output")
-        return self.result
-
-    def _node(self, event: Any, path: _Path, depth: int) -> Any:
-        from ruamel.yaml import events
-
-        mark = self.result.values[path] = self.mark
-        self.count += 1
-        if self.count > MAX_VALUES:
-            raise _at(mark, f"found more than {MAX_VALUES} values; allowed: at most that many", path)
-        if isinstance(event, events.AliasEvent):
-            alias = _found("*" + str(event.anchor), "")
-            raise _at(
-                mark, f"found the alias {alias}; allowed: the value (a text that begins with * needs quotes)", path
-            )
-        if event.anchor is not None:
-            raise _at(mark, f"found the anchor {_found('&' + str(event.anchor), '')}; allowed: the value alone", path)
-        if event.tag is not None:
-            tag = _found(str(event.tag).replace("tag:yaml.org,2002:", "!!"), "")
-            raise _at(mark, f"found the tag {tag}; allowed: the value alone", path)
-        if isinstance(event, events.ScalarEvent):
-            try:
-                # "\ud83d\ude00" is one character in JSON, which YAML contains; ruamel.yaml leaves the halves apart.
-                text = event.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-            except UnicodeDecodeError:
-                found = _found(event.value)
-                raise _at(mark, f"found half a surrogate pair in {found}; allowed: whole characters", path) from None
-            value = self._scalar(text, path, mark) if event.implicit[0] else text
-            if isinstance(value, int | float) and not isinstance(value, bool) and len(event.value) <= 60:
-                self.result.numbers[path] = event.value
-            return value
-        if depth == MAX_DEPTH:
-            raise _at(mark, f"found nesting deeper than {MAX_DEPTH}; allowed: at most that", path[:MAX_DEPTH])
-        if isinstance(event, events.SequenceStartEvent):
-            items: list[Any] = []
-            while not isinstance(item := next(self.events), events.SequenceEndEvent):
-                items.append(self._node(item, (*path, len(items)), depth + 1))
-            return items
-        mapping: dict[str, Any] = {}
-        while not isinstance(event := next(self.events), events.MappingEndEvent):
-            key_mark = self.mark
-            key = self._key(event, path)
-            if key in mapping:
-                first = self.result.keys[(*path, key)]
-                raise _at(key_mark, f"found a second time, first in line {first[0]}; allowed: once", (*path, key))
-            self.result.keys[(*path, key)] = key_mark
-            mapping[key] = self._node(next(self.events), (*path, key), depth + 1)
-        return mapping
-
-    def _key(self, event: Any, path: _Path) -> str:
-        from ruamel.yaml import events
-
-        if isinstance(event, events.SequenceStartEvent | events.MappingStartEvent):
-            raise _at(self.mark, "found a list or a mapping as a key; allowed: text", path)
-        if isinstance(event, events.ScalarEvent) and event.value == "" and event.implicit[0]:
-            raise _at(self.mark, "found a value without a key; allowed: key: value", path)
-        position = self.result.values[path]
-        key = self._node(event, path, 0)
-        self.result.values[path] = position
-        if not isinstance(key, str):
-            raise _at(self.mark, f"found {_found(key)} as a key; allowed: text (put it in quotes)", path)
-        return key
-
-    def _scalar(self, text: str, path: _Path, mark: _Mark) -> Any:
-        """The value of a plain scalar under the core schema."""
-        if text == "":
-            if not path:
-                raise _at(mark, "found an empty file; allowed: a recipe, with model, quantize and output")
-            # The event stands where the value would begin, often a line further; the key is what the reader looks for.
-            raise _at(self.result.keys.get(path, mark), "found no value; write one, or remove the key", path)
-        if _NULL.fullmatch(text):
-            return None
-        if match := _BOOL.fullmatch(text):
-            return match[1] is not None
-        if _INTEGER.fullmatch(text):
-            digits = text.lstrip("+-")
-            if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
-                found = f"found {_found(text, '')}, which is octal in YAML 1.1 and decimal in 1.2"
-                raise _at(mark, f"{found}; allowed: no leading zero, or 0o before octal", path)
-            # Python refuses to convert texts of more than 4300 digits, and nothing here needs more than 64 bits.
-            number = int(text, 0) if len(digits) <= 24 else MAX_INTEGER + 1
-            if abs(number) > MAX_INTEGER:
-                raise _at(mark, f"found {_found(text, 'the number')}; allowed: whole numbers of at most 63 bits", path)
-            return number
-        if _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and not math.isfinite(float(text))):
-            raise _at(mark, f"found {_found(text, '')}; allowed: finite numbers", path)
-        if _FLOAT.fullmatch(text):
-            return float(text)
-        return text
-
-
 # --- errors in words --------------------------------------------------------------------------------------------------
 
 
 def _listed(options: Iterable[object], word: str) -> str:
     words = [str(option) for option in options]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {word} {words[-1]}"
-
-
-def _dotted(path: _Path) -> str:
-    """`quantize.overrides['*.fc2'].bits`, `quantize.skip[0]`."""
-    parts: list[str] = []
-    for step in path:
-        if isinstance(step, int):
-            parts.append(f"[{step}]")
-        elif re.fullmatch(r"[A-Za-z_][\w-]{0,40}", step):
-            parts.append(f".{step}" if parts else step)
-        else:
-            parts.append(f"[{_found(step, '')}]")
-    return "".join(parts) if len(parts) <= 6 else "".join(parts[:6]) + "…"
-
-
-def _found(value: object, kind: str | None = None) -> str:
-    """A value in a few words, whatever its size. `kind` stands before a text instead of "the text"."""
-    if isinstance(value, str):
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value[:60])
-        shown = f"'{shown}…' ({len(value)} characters)" if len(value) > 60 else f"'{shown}'"
-        kind = "the text" if kind is None else kind
-        return f"{kind} {shown}" if kind else shown
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, Mapping):
-        return "a section"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    return f"a Python {type(value).__name__}"
 
 
 def _close(found: str, options: Iterable[object]) -> str | None:
@@ -745,7 +527,7 @@ def _alternatives(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [leaf for option in nodes for leaf in _alternatives(option)] if nodes else [node]
 
 
-def _schema_at(path: _Path) -> Mapping[str, Any] | None:
+def _schema_at(path: KeyPath) -> Mapping[str, Any] | None:
     """The JSON Schema of the value at `path`, or None where no recipe has one."""
     node: Mapping[str, Any] = _schema()
     for step in path:
@@ -783,9 +565,9 @@ def _allowed(node: Mapping[str, Any]) -> str:
     return {"boolean": "true or false", "string": "a text", "null": "null"}[str(kind)]
 
 
-def _explain(error: ValidationError, document: _Document, prefix: _Path = ()) -> str:
+def _explain(error: ValidationError, document: Document, prefix: KeyPath = ()) -> str:
     """The first of pydantic's errors, by its place in the file, as "line:column: key.path: found; allowed"."""
-    complaints: list[tuple[bool, _Mark, str]] = []
+    complaints: list[tuple[bool, Mark, str]] = []
     for detail in error.errors(include_url=False):
         # A default that depends on a field which is itself wrong: pydantic says so a second time.
         if detail["type"] == "default_factory_not_called":
@@ -803,10 +585,10 @@ def _explain(error: ValidationError, document: _Document, prefix: _Path = ()) ->
         elif is_missing:
             message = f"missing; allowed: {_allowed(_schema_at(path) or {'type': 'string'})}"
         elif is_key:
-            message = f"found {_found(path[-1])} as a key; allowed: a text of 1 to 256 characters"
+            message = f"found {in_words(path[-1])} as a key; allowed: a text of 1 to 256 characters"
         elif detail["type"] in ("string_too_short", "string_too_long"):
             limits = [option.get("maxLength", 0) for option in _alternatives(_schema_at(path) or {})]
-            message = f"found {_found(value)}; allowed: a text of 1 to {max(limits)} characters"
+            message = f"found {in_words(value)}; allowed: a text of 1 to {max(limits)} characters"
         elif detail["type"] == "too_long":
             message = f"found {context['actual_length']} entries; allowed: at most {context['max_length']}"
         else:
@@ -816,12 +598,12 @@ def _explain(error: ValidationError, document: _Document, prefix: _Path = ()) ->
         for length in range(len(path), -1, -1):
             mark = mark or document.values.get(path[:length])
         # A misspelt key is also a missing one, and says more.
-        complaints.append((is_missing, mark or (0, 0), f"{_dotted(path)}: {message}"))
+        complaints.append((is_missing, mark or (0, 0), f"{dotted(path)}: {message}"))
     _, (line, column), message = min(complaints, key=lambda complaint: complaint[:2])
     return f"{line}:{column}: {message}" if line else message
 
 
-def _place(detail: Any, document: _Document, prefix: _Path) -> tuple[_Path, Any, bool]:
+def _place(detail: Any, document: Document, prefix: KeyPath) -> tuple[KeyPath, Any, bool]:
     """Path of one of pydantic's errors, the value there, and whether the error is about the key rather than the value.
 
     pydantic mixes notes of its own into the path, such as the alternative of a union that it tried.
@@ -841,7 +623,7 @@ def _place(detail: Any, document: _Document, prefix: _Path) -> tuple[_Path, Any,
     return path, value, is_key
 
 
-def _unknown_key(path: _Path, data: Any) -> str:
+def _unknown_key(path: KeyPath, data: Any) -> str:
     name = str(path[-1])
     options = [key for option in _alternatives(_schema_at(path[:-1]) or {}) for key in option.get("properties", ())]
     if path[:-1] == ("quantize",):
@@ -852,23 +634,23 @@ def _unknown_key(path: _Path, data: Any) -> str:
     homes = [(), ("quantize",), ("calibration",), ("evaluate",)]
     for home in homes:
         if home != path[:-1] and name in _alternatives(_schema_at(home) or {})[0].get("properties", {}):
-            place = f"{name} at the top level" if home == () else _dotted((*home, name))
+            place = f"{name} at the top level" if home == () else dotted((*home, name))
             return f"{message}; did you mean {place}?"
     close = _close(name, options)
     return f"{message}; did you mean {close}?" if close else message
 
 
-def _wrong_value(path: _Path, value: object, number: str | None) -> str:
+def _wrong_value(path: KeyPath, value: object, number: str | None) -> str:
     node = _schema_at(path) or {"type": "string"}
     options = [str(choice) for option in _alternatives(node) for choice in option.get("enum", ())]
-    found = f"the number {number}" if number else _found(value)
+    found = f"the number {number}" if number else in_words(value)
     message = f"found {found}; allowed: {_allowed(node)}"
     kinds = [option.get("type") for option in _alternatives(node)]
     if isinstance(value, str):
         close = _close(value, options)
         if "boolean" in kinds:
             close = _YAML_1_1_BOOL.get(value.lower()) or _close(value, ("true", "false"))
-        elif not close and "string" not in kinds and _FLOAT.fullmatch(value.replace("_", "")):
+        elif not close and "string" not in kinds and FLOAT.fullmatch(value.replace("_", "")):
             close = value.replace("_", "")
         if close:
             message += f"; did you mean {close}, without quotes?" if close == value else f"; did you mean {close}?"

@@ -29,7 +29,7 @@ def backend_of(config: Mapping[str, Any]) -> Backend:
     """
     # AutoGPTQ's first versions wrote neither key.
     method = config.get("quant_method") or config.get("method") or ("gptq" if "bits" in config else None)
-    if method not in QUANT_METHODS:
+    if not isinstance(method, str) or method not in QUANT_METHODS:
         raise DataError(
             f"quantization_config: quant_method {method!r}; qlm reads {', '.join(sorted(QUANT_METHODS))} "
             "(compressed-tensors int-quantized, bitsandbytes NF4, GPTQ) and quanto"

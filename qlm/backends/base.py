@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qlm.errors import DataError
 from qlm.recipe import LinearSettings
 
 # A path in the model (as in memory) to how that linear is stored. Each backend has its own frozen dataclass for the how.
@@ -112,6 +113,21 @@ def only_format(scheme: Scheme, fact: str) -> Any:
     values = {getattr(how, fact) for how in scheme.values()}
     assert len(values) == 1, f"{fact} differs between linears: {values}"
     return values.pop()
+
+
+def is_head(path: str) -> bool:
+    """Whether a linear is the head of its task: heads, unlike all else, lie directly in the model. They stay in floating point."""
+    return "." not in path
+
+
+def names_in(config: Mapping[str, Any], key: str) -> list[str]:
+    """A list of module names in a `quantization_config`; empty where there is none. Raises DataError for anything else."""
+    names = config.get(key)
+    if names is None:
+        return []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"quantization_config: {key!r} is {names!r}; expected a list of module names")
+    return list(names)
 
 
 def relative_error(weight: Tensor, quantized: Tensor) -> float:

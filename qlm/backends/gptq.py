@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlm.backends.base import Description, QuantizedLinear, Scheme, Statistics, TensorLayout, apply_keeping_dtypes
+from qlm.backends.base import (
+    Description,
+    QuantizedLinear,
+    Scheme,
+    Statistics,
+    TensorLayout,
+    apply_keeping_dtypes,
+    is_head,
+)
 from qlm.errors import DataError, UsageError
 from qlm.kernels.ops import dequantize_gptq, gptq_linear
 from qlm.numerics.gptq import SingularHessian, column_order, factorize, gptq, unit_factor, weighted_norm
@@ -41,6 +49,11 @@ class GptqLinear(nn.Module):
 
     Buffers, as in the file: qweight int32 [I bits / 32, O]; qzeros int32 [G, O bits / 32]; scales fp16 [G, O]; g_idx int32 [I].
     """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
 
     def __init__(
         self, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], format: GptqFormat
@@ -178,7 +191,7 @@ class GptqBackend:
                     "bits": how.bits, "group_size": how.group_size, "sym": how.symmetric, "desc_act": how.desc_act
                 }  # fmt: skip
         for name in left_out:
-            if not name.startswith("lm_head") and not name.startswith("embed_out"):
+            if not is_head(name):
                 dynamic[f"-:^{re.escape(name)}$"] = {}
         config: dict[str, Any] = {
             "quant_method": "gptq", "method": "gptq", "format": "gptq", "checkpoint_format": "gptq", "bits": common.bits,
@@ -201,7 +214,8 @@ class GptqBackend:
 
         def read_format(values: Mapping[str, Any]) -> GptqFormat:
             bits, group_size = values.get("bits"), values.get("group_size")
-            if bits not in BITS or not isinstance(group_size, int) or not (group_size == -1 or group_size >= 8):
+            whole = type(bits) is int and type(group_size) is int  # no 4.0, no true
+            if not whole or bits not in BITS or not (group_size == -1 or group_size >= 8):
                 raise DataError(
                     f"quantization_config: bits {bits!r} with group_size {group_size!r}; qlm reads bits {BITS} with a group "
                     "size of -1 or at least 8"
@@ -216,9 +230,11 @@ class GptqBackend:
 
         scheme: dict[str, Any] = {}
         rules = config.get("dynamic") or {}
-        inside = config.get("modules_in_block_to_quantize")
-        suffixes = {path for group in inside for path in group} if inside else None
-        for name in linears:
+        if not isinstance(rules, Mapping) or not all(c is None or isinstance(c, Mapping) for c in rules.values()):
+            raise DataError(f"quantization_config: dynamic {rules!r}; expected rules with a mapping each")
+        suffixes = _suffixes(config.get("modules_in_block_to_quantize"))
+        # GPTQ tools quantize inside blocks only: no heads, and none of OPT's projections around the blocks.
+        for name in (name for name in linears if any(part.isdigit() for part in name.split("."))):
             how: dict[str, Any] | None = dict(config)
             if suffixes is not None and not any(name.endswith("." + suffix) for suffix in suffixes):
                 how = None
@@ -231,12 +247,19 @@ class GptqBackend:
                         f"quantization_config: dynamic rule {rule!r} is no regular expression: {error}"
                     ) from None
                 if matches:
-                    how = None if rule.startswith("-:") or how is None else {**how, **changes}
+                    how = None if rule.startswith("-:") or how is None else {**how, **(changes or {})}
                     break  # GPTQModel takes the first rule that matches
-            if how is not None and not _is_head(name):
+            if how is not None:
                 scheme[name] = read_format(how)
         return scheme
 
 
-def _is_head(name: str) -> bool:
-    return name in ("lm_head", "embed_out")
+def _suffixes(inside: Any) -> set[str] | None:
+    """The paths in a block that `modules_in_block_to_quantize` names, in one list or in a list for each stage; None means all."""
+    if not inside:
+        return None
+    if isinstance(inside, list):
+        paths = [path for stage in inside for path in (stage if isinstance(stage, list) else [stage])]
+        if all(isinstance(path, str) for path in paths):
+            return set(paths)
+    raise DataError(f"quantization_config: modules_in_block_to_quantize {inside!r}; expected lists of module names")

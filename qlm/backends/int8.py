@@ -19,6 +19,8 @@ from qlm.backends.base import (
     Statistics,
     TensorLayout,
     apply_keeping_dtypes,
+    is_head,
+    names_in,
     only_format,
     relative_error,
 )
@@ -38,6 +40,10 @@ class Int8Linear(nn.Module):
 
     Buffers: weight int8 [O, I]; weight_scale fp32 [O, 1]; row_sum int32 [O], derived and not saved.
     """
+
+    weight: Tensor
+    weight_scale: Tensor
+    row_sum: Tensor
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, symmetric_input: bool) -> None:
         super().__init__()
@@ -118,14 +124,24 @@ class Int8Backend:
         return Description(config, {})
 
     def read(self, config: Mapping[str, Any], linears: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-        groups = config.get("config_groups") or {}
-        if config.get("format") != "int-quantized" or len(groups) != 1:
+        groups = config.get("config_groups")
+        if config.get("format") != "int-quantized" or not isinstance(groups, Mapping) or len(groups) != 1:
             raise DataError(
-                f"quantization_config: compressed-tensors format {config.get('format')!r} with {len(groups)} config groups; "
-                "qlm reads 'int-quantized' with one"
+                f"quantization_config: compressed-tensors format {config.get('format')!r} with config_groups {groups!r}; "
+                "qlm reads 'int-quantized' with one group"
             )
         (group,) = groups.values()
-        weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+        parts = [group.get(part) for part in ("weights", "input_activations")] if isinstance(group, Mapping) else [None]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise DataError(f"quantization_config: config group {group!r}; expected 'weights' and 'input_activations'")
+        weights, inputs = parts
+        for part, where in (("output_activations", group), ("kv_cache_scheme", config), ("transform_config", config)):
+            if where.get(part):
+                raise DataError(f"quantization_config: {part} {where[part]!r}; qlm's int8 has none")
+        if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise DataError(
+                f"quantization_config: sparsity_config {config['sparsity_config']!r}; qlm reads dense weights"
+            )
         expected: list[tuple[str, Mapping[str, Any], dict[str, Any]]] = [
             (
                 "weights",
@@ -144,8 +160,13 @@ class Int8Backend:
             raise DataError(
                 f"quantization_config: targets {group.get('targets')!r}; qlm reads ['Linear'] with an ignore list"
             )
-        ignored = set(config.get("ignore") or ())
+        ignored = set(names_in(config, "ignore"))
         if any(name.startswith("re:") for name in ignored):
             raise DataError("quantization_config: 'ignore' holds a regular expression; qlm reads plain module names")
-        how = Int8Format(symmetric_input=bool(inputs.get("symmetric", True)))
-        return {name: how for name in linears if name not in ignored}
+        symmetric = inputs.get("symmetric", True)
+        if not isinstance(symmetric, bool):
+            raise DataError(
+                f"quantization_config: input_activations.symmetric is {symmetric!r}; expected true or false"
+            )
+        how = Int8Format(symmetric_input=symmetric)
+        return {name: how for name in linears if name not in ignored and not is_head(name)}

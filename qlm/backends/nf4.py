@@ -22,6 +22,8 @@ from qlm.backends.base import (
     Scheme,
     Statistics,
     TensorLayout,
+    is_head,
+    names_in,
     only_format,
     relative_error,
 )
@@ -74,6 +76,13 @@ def unpack_state(tensor: Tensor) -> dict[str, Any]:
     return state
 
 
+def _nested_offset(state: Mapping[str, Any]) -> float:
+    offset = state.get("nested_offset")
+    if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise DataError(f"{STATE}: nested_offset is {offset!r}, expected a number")
+    return float(offset)
+
+
 class Nf4Backend:
     name = "nf4"
     needs_calibration = False
@@ -112,8 +121,8 @@ class Nf4Backend:
                 tensors["weight.absmax"] = absmax
             tensors[STATE] = pack_state(state)
             how = self.format(settings, weight.dtype)
-            error = relative_error(weight, self.dequantize(tensors, (weight.shape[0], weight.shape[1]), how))
-            facts = {"method": "absmax", "bits": 4, "double_quant": settings.double_quant, "relative_error": error}
+            lost = relative_error(weight, self.dequantize(tensors, (weight.shape[0], weight.shape[1]), how))
+            facts = {"method": "absmax", "bits": 4, "double_quant": settings.double_quant, "relative_error": lost}
             quantized.append(QuantizedLinear(tensors, facts))
         return quantized
 
@@ -138,7 +147,7 @@ class Nf4Backend:
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], format: Nf4Format) -> Tensor:
         absmax = tensors["weight.absmax"]
         if format.double_quant:
-            offset = torch.tensor(unpack_state(tensors[STATE])["nested_offset"], dtype=torch.float32)
+            offset = _nested_offset(unpack_state(tensors[STATE]))
             absmax = double_dequantize(absmax, tensors["weight.nested_absmax"], offset)
         return dequantize_nf4(unpack_nf4(tensors["weight"]), absmax, shape, BLOCK)
 
@@ -154,9 +163,15 @@ class Nf4Backend:
 
         state = unpack_state(tensors[STATE])
         expected = {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(shape)}
+        if format.double_quant:
+            expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
         for key, value in expected.items():
             if state.get(key) != value:
                 raise DataError(f"{STATE}: {key} is {state.get(key)!r}, expected {value!r}")
+        if format.double_quant:
+            _nested_offset(state)
+            if not torch.allclose(tensors["weight.nested_quant_map"].cpu(), dynamic_map(), rtol=0, atol=1e-6):
+                raise DataError("weight.nested_quant_map: not bitsandbytes' dynamic map; it was made by another method")
         if not torch.equal(tensors["weight.quant_map"].cpu(), codebook()):
             # bitsandbytes' kernels ignore the stored table, so another one would be silently wrong.
             raise DataError("weight.quant_map: not the NF4 table; it was made by another method")
@@ -201,11 +216,11 @@ class Nf4Backend:
             found = config.get(key, "fp4" if key.endswith("quant_type") else "uint8")
             if found != wanted:
                 raise DataError(f"quantization_config: {key} is {found!r}; qlm reads {wanted!r}")
-        # transformers leaves the head out when nobody says what to leave out.
-        skipped = config.get("llm_int8_skip_modules") or ["lm_head", "embed_out"]
+        skipped = names_in(config, "llm_int8_skip_modules")
         how = Nf4Format(bool(config.get("bnb_4bit_use_double_quant", False)), dtype_name(dtype))
         return {
             name: how
             for name in linears
-            if not any(name == skip or name.startswith(skip + ".") or name.endswith("." + skip) for skip in skipped)
+            if not is_head(name)
+            and not any(name == skip or name.startswith(skip + ".") or name.endswith("." + skip) for skip in skipped)
         }

@@ -36,7 +36,7 @@ def _quanto() -> Any:
     return quanto
 
 
-def _empty(shape: tuple[int, int], bias: bool, qtype: str, dtype: torch.dtype) -> nn.Module:
+def _empty(shape: tuple[int, int], bias: bool, qtype: str, dtype: torch.dtype) -> Any:
     quanto = _quanto()
     return quanto.QLinear(
         shape[1],
@@ -89,7 +89,8 @@ class QuantoBackend:
         }
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], format: QuantoFormat) -> Tensor:
-        return self.module(tensors, None, shape, format, torch.float32).weight.dequantize().float()  # type: ignore[union-attr]
+        module: Any = self.module(tensors, None, shape, format, torch.float32)
+        return module.weight.dequantize().float()
 
     def module(
         self,
@@ -119,7 +120,8 @@ class QuantoBackend:
         scheme = {}
         for name, entry in config.items():
             stored = entry.get("weights") if isinstance(entry, Mapping) else None
-            if name not in linears or stored not in types or entry.get("activations", "none") != "none":
+            known = isinstance(stored, str) and stored in types
+            if name not in linears or not known or entry.get("activations", "none") != "none":
                 raise DataError(
                     f"{MAP_FILE}: {name!r}: {entry!r}; qlm reads linears of the model with weights {sorted(types)} and no "
                     "quantized activations"

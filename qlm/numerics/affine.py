@@ -51,7 +51,8 @@ def minmax_grid(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Ten
         extreme = torch.where(-low >= high, low, high)
         return round_to_fp16(extreme / -(levels // 2)), torch.full_like(extreme, levels // 2)
     low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
-    scale = round_to_fp16((high - low) / (levels - 1))
+    # With a zero point of at least 1 only levels - 2 steps lie above zero: a group without negative weights needs wider ones.
+    scale = round_to_fp16(torch.maximum((high - low) / (levels - 1), high / (levels - 2)))
     return scale, (-low / scale).round_().clamp_(1, levels - 1)
 
 
@@ -78,9 +79,9 @@ def search_grid(weight: Tensor, importance: Tensor, bits: int, symmetric: bool) 
     full_scale = best_scale
     low = weight.amin(0).clamp_(max=0)
     for fraction in SEARCH_FRACTIONS:
-        scale = round_to_fp16(full_scale * fraction)
+        scale = round_to_fp16((full_scale * fraction).clamp(-LARGEST_FP16, LARGEST_FP16))
         if symmetric:
-            zeros = (best_zero,)
+            zeros: tuple[Tensor, ...] = (best_zero,)
         else:
             zero = -low * fraction / scale
             zeros = tuple(z.clamp(1, 2**bits - 1) for z in (zero.floor(), zero.ceil()))

@@ -105,17 +105,18 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         damped = hessian[reverse][:, reverse]
         damped.diagonal().add_(attempt * mean)
         L, info = torch.linalg.cholesky_ex(damped)
-        if info.item() == 0 and bool(L.diagonal().isfinite().all()):
-            break
+        del damped
+        if info.item() == 0:
+            R = L.flip(0, 1)
+            U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+            # NaN in H passes the factorization on some platforms; a pivot near zero makes U infinite.
+            if bool(U.isfinite().all()):
+                return Factor(U, order, attempt)
         if attempt >= 1:
             raise SingularHessian(
                 f"not positive definite, even with a damping of {attempt:g} times the mean of its diagonal"
             )
         attempt = min(2 * attempt if attempt > 0 else 1e-4, 1.0)
-    del damped
-    R = L.flip(0, 1)
-    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-    return Factor(U, order, attempt)
 
 
 def unit_factor(inputs: int, device: torch.device | str = "cpu") -> Factor:
@@ -132,6 +133,8 @@ def gptq(weight: Tensor, factor: Factor, *, bits: int, group_size: int, symmetri
             contiguous in the file and g_idx is a real permutation.
         group_size: divides I.
         search: choose scales by `search_grid` instead of `minmax_grid`.
+    Raises:
+        ValueError: a weight is NaN or infinite, or too large for a scale in fp16.
     """
     O, I = weight.shape
     U, order = factor.U, factor.order
@@ -140,7 +143,8 @@ def gptq(weight: Tensor, factor: Factor, *, bits: int, group_size: int, symmetri
     Q = torch.empty((I, O), dtype=torch.uint8, device=W.device)
     scales = torch.empty((I // group_size, O), device=W.device)
     zeros = torch.empty_like(scales)
-    importance = U.diagonal().square().reciprocal()
+    # 1 / U_jj^2, relative to the largest: a Hessian of very large or small inputs would overflow.
+    importance = (U.diagonal().amin() / U.diagonal()).square()
     error_squared = torch.zeros((), dtype=torch.float64, device=W.device)
     top = 2**bits - 1
 
@@ -165,7 +169,10 @@ def gptq(weight: Tensor, factor: Factor, *, bits: int, group_size: int, symmetri
             e.div_(U[j, j])
             W[j + 1 : stop].addr_(U[j, j + 1 : stop], e, alpha=-1)
         W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
-        error_squared += E.square().sum(dtype=torch.float64)
+        error_squared += torch.linalg.vector_norm(E, dtype=torch.float64).square()
+
+    if not bool(error_squared.isfinite()):
+        raise ValueError("the repaired weights are NaN or infinite: the weights or the Hessian are too large for fp32")
 
     # Back to the inputs' own order, and, where groups are contiguous there, the groups to theirs.
     groups = torch.arange(I, device=W.device) // group_size
