@@ -4,6 +4,8 @@ Importing it does nothing; each name below is imported when it is first used.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,3 +36,15 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qlm' has no attribute {name!r}")
     return getattr(importlib.import_module(f"qlm.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Verbs are called like the files that they live in: `qlm.load` is the function, whoever has imported the file before."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system binds a submodule to its package's attribute once it is imported, over whatever is there.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

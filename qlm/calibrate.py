@@ -69,7 +69,7 @@ def _read_file(path: Path, column: str) -> Text:
     except OSError as error:
         raise MissingInput(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")  # the byte order mark of some editors
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
     if "\0" in text:
@@ -77,15 +77,14 @@ def _read_file(path: Path, column: str) -> Text:
     if path.suffix != ".jsonl":
         return Text((text,), path.name)
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             document = json.loads(line)[column]
-        except (ValueError, TypeError, KeyError):
-            document = None
-        if not isinstance(document, str):
-            raise DataError(f"{path}:{number}: expected a JSON object with a string {column!r}")
+            document.encode()  # half a character (an escaped surrogate) is no text
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise DataError(f"{path}:{number}: expected a JSON object with a string {column!r}") from None
         documents.append(document)
     return Text(tuple(documents), path.name)
 
@@ -103,14 +102,14 @@ def _read_hub(source: HubDataset) -> Text:
         rows = load_dataset(
             source.name, source.config, split=source.split, revision=source.revision, data_files=data_files
         )  # fmt: skip
-        documents = rows[source.column]
-    except KeyError:
-        raise UsageError(
-            f"data: {name} has no column {source.column!r}; it has {', '.join(rows.column_names)}"
-        ) from None
     except Exception as error:  # every layer of the hub client raises its own kinds
         raise MissingInput(f"data: {name} cannot be read: {type(error).__name__}: {error}") from None
-    return Text(tuple(documents), name)
+    if source.column not in rows.column_names:
+        raise UsageError(f"data: {name} has no column {source.column!r}; it has {', '.join(rows.column_names)}")
+    documents = tuple(rows[source.column])
+    if not all(isinstance(document, str) for document in documents):
+        raise UsageError(f"data: {name}: column {source.column!r} holds more than text; name one that holds text alone")
+    return Text(documents, name)
 
 
 def text_ids(tokenizer: Any, text: str, spec: FamilySpec) -> Tensor:

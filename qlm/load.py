@@ -41,16 +41,28 @@ class Source:
     file_names: Mapping[str, str]
     dtype: torch.dtype
 
-    def read(self, name: str) -> Tensor:
-        """The tensor of that name in memory, as the file holds it. Raises DataError for NaN or infinite values."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of that name in memory, as the file holds it, or as `dtype`.
+
+        Raises:
+            DataError: a value is NaN or infinite, or too large for `dtype`.
+        """
         tensor = self.checkpoint.read(self.file_names[name])
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            where = (~tensor.isfinite()).flatten().nonzero()
+            where = (~tensor.isfinite()).nonzero()
             raise DataError(
-                f"{self.file_names[name]}: {len(where)} of {tensor.numel()} values are NaN or infinite, the first at index "
-                f"{int(where[0])}; the checkpoint is damaged"
+                f"{self.file_names[name]}: {len(where)} of {tensor.numel()} values are NaN or infinite, the first at "
+                f"{where[0].tolist()}; the checkpoint is damaged"
             )
-        return tensor
+        if dtype in (None, tensor.dtype):
+            return tensor
+        converted = tensor.to(dtype)
+        if dtype != torch.float32 and not bool(converted.isfinite().all()):
+            raise DataError(
+                f"{self.file_names[name]}: {tensor.abs().max().item():.6g} does not fit into {dtype}; "
+                "keep the checkpoint's own dtype, or use bfloat16 or float32"
+            )
+        return converted
 
 
 def build_config(spec: FamilySpec, fields: Mapping[str, Any]) -> Any:
@@ -225,7 +237,7 @@ def fill(model: Any, source: Source, path: str = "", *, dtype: torch.dtype, devi
         _set_module(model, name, _quantized_module(source, model.get_submodule(name), name, dtype, device))
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name.startswith(within) and parameter.is_meta and source.file_names[name] in source.checkpoint.tensors:
-            set_parameter(model, name, source.read(name).to(device=device, dtype=dtype))
+            set_parameter(model, name, source.read(name, dtype).to(device))
     for name, buffer in model.named_buffers():
         if name.startswith(within) and buffer.device != torch.device(device):
             owner, _, leaf = name.rpartition(".")
@@ -239,7 +251,7 @@ def _quantized_module(source: Source, linear: nn.Linear, path: str, dtype: torch
         suffix: source.read(f"{path}.{suffix}").to(device)
         for suffix in source.backend.layout(shape, source.scheme[path])
     }
-    bias = source.read(f"{path}.bias").to(device) if linear.bias is not None else None
+    bias = source.read(f"{path}.bias", dtype).to(device) if linear.bias is not None else None
     try:
         return source.backend.module(tensors, bias, shape, source.scheme[path], dtype).eval()
     except DataError as error:
@@ -393,19 +405,22 @@ def _read_tokenizer(checkpoint: Checkpoint) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     single, vocabulary, merges = (checkpoint.path(n) for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if single is None and (vocabulary is None or merges is None):
+        raise MissingInput(f"{checkpoint.folder}: no tokenizer.json, and no vocab.json with merges.txt")
+    content = checkpoint.read_json("tokenizer.json")
+    if content is not None and "Precompiled" in str(content.get("normalizer")):
+        # SentencePiece's; its reader panics on damaged ones, and prints that before it can be caught.
+        raise DataError(f"{single}: has a Precompiled normalizer, which no tokenizer of these families has")
     try:
         if single is not None:
             return Tokenizer.from_str(single.read_text("utf-8"))
-        if vocabulary is None or merges is None:
-            raise MissingInput(f"{checkpoint.folder}: no tokenizer.json, and no vocab.json with merges.txt")
         tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
-    except (KeyboardInterrupt, SystemExit, MissingInput):
-        raise
-    except (
-        BaseException
-    ) as error:  # the Rust side panics on some malformed files, and its PanicException is no Exception
+    except BaseException as error:
+        # A panic of the Rust side is no Exception; Ctrl-C and SIGTERM are none either, and pass.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         name = "tokenizer.json" if single is not None else "vocab.json and merges.txt"
         raise DataError(f"{checkpoint.folder}: {name}: not a tokenizer: {str(error) or type(error).__name__}") from None

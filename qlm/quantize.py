@@ -22,7 +22,7 @@ from qlm.backends import BACKENDS, Backend, QuantizedLinear, Statistics
 from qlm.calibrate import Stream, Text, bos_rule, calibration_windows, read_text, window_length
 from qlm.checkpoint import manifest
 from qlm.checkpoint.files import PartialFolder, tidy
-from qlm.errors import DataError, UsageError
+from qlm.errors import UsageError
 from qlm.load import (
     Source,
     block_paths,
@@ -219,7 +219,7 @@ def quantize(
         if windows is not None:
             for name in _outside_blocks(source, blocks):
                 if name in dict(model.named_parameters()):
-                    set_parameter(model, name, source.read(name).to(device=device, dtype=compute))
+                    set_parameter(model, name, source.read(name, compute).to(device))
             tell("embed", 0, 1)
             stream = Stream(model, source.spec, blocks[0], windows, device)
             tell("embed", 1, 1)
@@ -256,7 +256,7 @@ def quantize(
         tell("quantize", len(blocks), len(blocks))
 
         if not partial.finished(shards[0]):
-            rest = {_published(source, name): _stored(source, name, dtype) for name in _outside_blocks(source, blocks)}
+            rest = {_published(source, name): source.read(name, dtype) for name in _outside_blocks(source, blocks)}
             partial.write_tensors(shards[0], rest, record={"names": list(rest)})
         weight_map |= dict.fromkeys(partial.record(shards[0])["names"], shards[0])
         files = _write_descriptions(partial, source, model, recipe, chosen, dtype, weight_map)
@@ -354,18 +354,6 @@ def _published(source: Source, name: str) -> str:
     return f"{source.spec.published_head}.{name.removeprefix(head)}" if name.startswith(head) else name
 
 
-def _stored(source: Source, name: str, dtype: torch.dtype) -> Tensor:
-    """A tensor that stays in floating point, in the dtype that the recipe wants. Raises DataError if a value does not fit."""
-    tensor = source.read(name)
-    converted = tensor.to(dtype)
-    if not bool(converted.isfinite().all()):
-        raise DataError(
-            f"{source.file_names[name]}: {tensor.abs().max().item():.6g} does not fit into {dtype}; "
-            "keep the checkpoint's own dtype (dtype: auto), or use bfloat16"
-        )
-    return converted
-
-
 def _quantize_shard(
     model: nn.Module,
     source: Source,
@@ -395,7 +383,7 @@ def _quantize_shard(
         if linear in quantized and leaf == "weight":
             tensors |= {f"{linear}.{suffix}": t.cpu().contiguous() for suffix, t in quantized[linear].tensors.items()}
         else:
-            tensors[full] = _stored(source, full, dtype)
+            tensors[full] = source.read(full, dtype)
     bits = {name: 8 * sum(t.nbytes for t in result.tensors.values()) for name, result in quantized.items()}
     layers = {
         name: {

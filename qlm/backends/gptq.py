@@ -213,7 +213,8 @@ class GptqBackend:
             )
 
         def read_format(values: Mapping[str, Any]) -> GptqFormat:
-            bits, group_size = values.get("bits"), values.get("group_size")
+            bits: Any = values.get("bits")
+            group_size: Any = values.get("group_size")
             whole = type(bits) is int and type(group_size) is int  # no 4.0, no true
             if not whole or bits not in BITS or not (group_size == -1 or group_size >= 8):
                 raise DataError(

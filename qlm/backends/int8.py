@@ -131,17 +131,17 @@ class Int8Backend:
                 "qlm reads 'int-quantized' with one group"
             )
         (group,) = groups.values()
-        parts = [group.get(part) for part in ("weights", "input_activations")] if isinstance(group, Mapping) else [None]
-        if not all(isinstance(part, Mapping) for part in parts):
+        weights, inputs = (
+            (group.get("weights"), group.get("input_activations")) if isinstance(group, Mapping) else (None, None)
+        )
+        if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping):
             raise DataError(f"quantization_config: config group {group!r}; expected 'weights' and 'input_activations'")
-        weights, inputs = parts
         for part, where in (("output_activations", group), ("kv_cache_scheme", config), ("transform_config", config)):
             if where.get(part):
                 raise DataError(f"quantization_config: {part} {where[part]!r}; qlm's int8 has none")
-        if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
-            raise DataError(
-                f"quantization_config: sparsity_config {config['sparsity_config']!r}; qlm reads dense weights"
-            )
+        sparsity = config.get("sparsity_config") or {}
+        if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
+            raise DataError(f"quantization_config: sparsity_config {sparsity!r}; qlm reads dense weights")
         expected: list[tuple[str, Mapping[str, Any], dict[str, Any]]] = [
             (
                 "weights",

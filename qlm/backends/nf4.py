@@ -71,7 +71,7 @@ def unpack_state(tensor: Tensor) -> dict[str, Any]:
         state = json.loads(bytes(tensor.tolist()))
         if not isinstance(state, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{STATE}: not a bitsandbytes quantization state: {error}") from None
     return state
 
@@ -217,7 +217,10 @@ class Nf4Backend:
             if found != wanted:
                 raise DataError(f"quantization_config: {key} is {found!r}; qlm reads {wanted!r}")
         skipped = names_in(config, "llm_int8_skip_modules")
-        how = Nf4Format(bool(config.get("bnb_4bit_use_double_quant", False)), dtype_name(dtype))
+        double_quant = config.get("bnb_4bit_use_double_quant", False)
+        if not isinstance(double_quant, bool):
+            raise DataError(f"quantization_config: bnb_4bit_use_double_quant is {double_quant!r}; expected true or false")
+        how = Nf4Format(double_quant, dtype_name(dtype))
         return {
             name: how
             for name in linears

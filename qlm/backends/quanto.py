@@ -3,6 +3,7 @@
 Stored as quanto does: its tensors in safetensors, and `quanto_qmap.json`, which names the type of each quantized linear.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,12 @@ class QuantoBackend:
             module.freeze()
             tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
             error = relative_error(weight, module.weight.dequantize().float())
+            if not math.isfinite(error):
+                # quanto divides a row of zeros by its scale of zero; in 8-bit floats the result stays NaN.
+                raise DataError(
+                    f"{name}.weight: quanto's {settings.qtype} makes NaN or infinite values of it (it has rows of zeros, or "
+                    "too small or large ones); leave the layer out with quantize.skip"
+                )
             facts = {"method": settings.qtype, "bits": QTYPES[settings.qtype], "relative_error": error}
             quantized.append(QuantizedLinear(tensors, facts))
         return quantized
@@ -109,6 +116,7 @@ class QuantoBackend:
         if bias is not None:
             state["bias"] = bias.to(dtype)
         module.load_state_dict(state, assign=True)
+        module.weight.requires_grad_(False)
         return module
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
@@ -119,7 +127,7 @@ class QuantoBackend:
         types = {stored: name for name, stored in QUANTO_NAMES.items()}
         scheme = {}
         for name, entry in config.items():
-            stored = entry.get("weights") if isinstance(entry, Mapping) else None
+            stored: Any = entry.get("weights") if isinstance(entry, Mapping) else None
             known = isinstance(stored, str) and stored in types
             if name not in linears or not known or entry.get("activations", "none") != "none":
                 raise DataError(

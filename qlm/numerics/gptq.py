@@ -102,12 +102,13 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     reverse = order.flip(0)
     attempt = damp
     while True:
-        damped = hessian[reverse][:, reverse]
+        damped = hessian[reverse[:, None], reverse]
         damped.diagonal().add_(attempt * mean)
         L, info = torch.linalg.cholesky_ex(damped)
         del damped
         if info.item() == 0:
             R = L.flip(0, 1)
+            del L
             U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
             # NaN in H passes the factorization on some platforms; a pivot near zero makes U infinite.
             if bool(U.isfinite().all()):
@@ -193,4 +194,5 @@ def gptq(weight: Tensor, factor: Factor, *, bits: int, group_size: int, symmetri
 def weighted_norm(weight: Tensor, factor: Factor) -> float:
     """sqrt(tr(W H W^T)) under the factor's damped Hessian: what `GptqResult.error` is to be compared with. weight [O, I]."""
     columns = weight.float()[:, factor.order]
-    return torch.linalg.solve_triangular(factor.U, columns, upper=True, left=False).norm().item()
+    whitened = torch.linalg.solve_triangular(factor.U, columns, upper=True, left=False)
+    return torch.linalg.vector_norm(whitened, dtype=torch.float64).item()

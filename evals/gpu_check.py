@@ -1,0 +1,546 @@
+"""Does everything compute on a GPU what it computes on the CPU? Needs a CUDA GPU, no network, and a few minutes.
+
+    python evals/gpu_check.py [--out FILE]          on a machine with a GPU; exit code 69 where there is none
+    python evals/gpu_check.py --device cpu --out F  the same code on the CPU, few checks: tests the script itself
+
+Random-weight models of every variant of the three families (tests/tiny_models.py), each task class, each backend, each attention
+implementation, in float32, bfloat16 and float16, against the CPU's float32 result of the same folder; the three ops and the
+backends' modules, forward and backward; and GPTQ, NF4 and int8 quantized on the GPU against quantized on the CPU.
+
+A difference is the largest absolute one, in units of the reference's root mean square. The tolerances below say how large it may be
+and why. What cannot run for want of a package is listed as `not run`, and is no failure. The last line printed is JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from shared import (
+    ROOT,
+    cpu_name,
+    driver_version,
+    slug,
+    status_bytes,
+    use_checkout,
+    versions,
+    write_byte_tokenizer,
+    write_json,
+)
+from torch import Tensor
+
+NO_GPU = 69
+MIB = 1 << 20
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES = ("opt", "neox-parallel-rotary-0.25", "bigcode-multi-query")
+BACKENDS: dict[str, dict[str, Any] | None] = {
+    "float": None,
+    "int8": {"backend": "int8"},
+    "nf4": {"backend": "nf4"},
+    "nf4-double": {"backend": "nf4", "double_quant": True},
+    "gptq-4bit": {"backend": "gptq", "bits": 4},
+    "gptq-3bit": {"backend": "gptq", "bits": 3, "group_size": 32, "symmetric": False, "order": "act"},
+    "quanto-qint8": {"backend": "quanto", "qtype": "qint8"},
+    "quanto-qint4": {"backend": "quanto", "qtype": "qint4"},
+}
+PACKAGES = {"nf4": "bitsandbytes", "quanto": "optimum.quanto"}
+
+# Two layers of width 128 on either device. float32 differs by the order of sums alone, TF32 being off (2e-6 on one CPU between two
+# attention implementations). The 16-bit dtypes round every weight and activation, by half an ulp of 2^-8 and 2^-11: on a CPU the worst of
+# 20,000 logits is 0.124 (bfloat16) and 0.013 (float16) away, both without the attention's scaling, and 0.046 and 0.006 elsewhere.
+# Room for a factor of two to three.
+MODEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.04}
+# int8 rounds activations to 1/255 of their range: a difference in the last bit moves some of them by a whole step. CPU: 0.076, 0.062.
+INT8_MODEL_TOLERANCE = {"float32": 0.1, "bfloat16": 0.25, "float16": 0.2}
+# quanto rounds its scales and shifts to the 16-bit dtype as well. CPU, qint4: 0.16, 0.023.
+QUANTO_MODEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5, "float16": 0.07}
+# One layer from the same 16-bit input: weight and result are rounded, the sum is not. CPU: 0.017 (bfloat16); quanto's qint4 0.034.
+LAYER_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.007}
+INT8_LAYER_TOLERANCE = {"float32": 0.02, "bfloat16": 0.05, "float16": 0.02}
+QUANTO_LAYER_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.015}
+# GPTQ lets every column repair the ones before it, so that one code that rounds the other way moves those after it. The share of
+# codes that differ, and how much the quantized model's KL from the float one may grow (relative, plus an absolute floor).
+CODES_DIFFER = {"float32": 0.01, "calibration dtype": 0.15}
+KL_GROWTH = 0.25
+KL_FLOOR = 1e-4
+# Rounding to nearest is the same operations on the same numbers.
+CODES_DIFFER_NEAREST = 1e-4
+
+
+class NotRun(Exception):
+    """A check that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    difference: float
+    tolerance: float
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+Check = tuple[str, Callable[[], Result]]
+
+
+def difference(found: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference in units of the reference's root mean square; infinite where a value is not finite."""
+    found, reference = found.detach().cpu().double(), reference.detach().cpu().double()
+    if found.shape != reference.shape or not bool(found.isfinite().all()):
+        return float("inf")
+    return ((found - reference).abs().max() / reference.square().mean().sqrt()).item()
+
+
+def need(name: str) -> None:
+    """Raise NotRun where a backend's package is missing."""
+    package = PACKAGES.get(name.partition("-")[0])
+    if package is None:
+        return
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise NotRun(f"the package {package} is not installed")
+
+
+def need_attention(attention: str, device: str, dtype: str) -> None:
+    from qlm.errors import QlmError
+    from qlm.load import check_attention
+
+    if attention == "flash_attention_2" and dtype == "float32":
+        raise NotRun("flash-attn computes in 16 bits only")
+    try:
+        check_attention(attention, device)
+    except QlmError as error:
+        raise NotRun(str(error)) from None
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def tiny_models() -> Any:
+    """tests/tiny_models.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "tests" / "tiny_models.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Checkpoints:
+    """Folders of random-weight models, float and quantized on the CPU, made when first asked for; and the CPU's results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._references: dict[tuple[str, str, str], Tensor] = {}
+
+    def float_folder(self, variant: str, task: str) -> Path:
+        from qlm.arch import FAMILIES as SPECS
+        from qlm.load import model_class
+
+        task = "causal-lm" if task == "base" else task
+        path = self.folder / f"{variant}.{task}"
+        if not path.exists():
+            model = tiny_models().build(variant)
+            spec = SPECS[model.config.model_type]
+            if task != "causal-lm":
+                # The classes for sequences look for the last token that is no padding.
+                model.config.pad_token_id, model.config.num_labels = 1, 3
+                headed = model_class(spec, task)(model.config).eval()  # type: ignore[arg-type]
+                headed.load_state_dict(model.state_dict(), strict=False)
+                torch.manual_seed(1)
+                for name, parameter in headed.named_parameters():
+                    if not name.startswith(f"{spec.prefix}."):
+                        parameter.data.normal_(0.0, 0.1)
+                model = headed
+            model.save_pretrained(path)
+            write_byte_tokenizer(path, tiny_models().VOCABULARY, spec.bos_first)
+        return path
+
+    def quantized_folder(self, variant: str, task: str, backend: str, device: str = "cpu", suffix: str = "") -> Path:
+        from qlm.quantize import quantize
+        from qlm.recipe import Recipe
+
+        if BACKENDS[backend] is None:
+            return self.float_folder(variant, task)
+        need(backend)
+        task = "causal-lm" if task == "base" else task
+        path = self.folder / f"{variant}.{task}.{backend}{suffix}"
+        if not path.exists():
+            sections: dict[str, Any] = {
+                "model": str(self.float_folder(variant, task)),
+                "task": task,
+                "quantize": BACKENDS[backend],
+                "output": str(path),
+            }
+            if backend.startswith("gptq"):
+                text = str(ROOT / "calibration_data" / "english.txt")
+                sections["calibration"] = {"data": text, "samples": 64, "length": tiny_models().POSITIONS}
+            quantize(Recipe.model_validate(sections), device=device)
+        return path
+
+    def reference(self, variant: str, task: str, backend: str) -> Tensor:
+        """The CPU's result in float32."""
+        from qlm.load import load
+
+        key = (variant, task, backend)
+        if key not in self._references:
+            folder = self.quantized_folder(variant, task, backend)
+            self._references[key] = outputs(load(folder, task=task, dtype="float32"))  # type: ignore[arg-type]
+        return self._references[key]
+
+
+@torch.no_grad()
+def outputs(model: Any, rows: int = 2) -> Tensor:
+    """Every floating-point output of the model for some rows of tokens, as one vector, float32 on the CPU."""
+    ids = tiny_models().token_ids(batch=rows).to(next(model.parameters()).device)
+    result = model(input_ids=ids, use_cache=False)
+    values = [value for value in result.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    assert values
+    return torch.cat([value.float().flatten().cpu() for value in values])
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check_model(
+    checkpoints: Checkpoints, variant: str, task: str, backend: str, attention: str, dtype: str, device: str
+) -> Result:
+    from qlm.load import load
+
+    need(backend)
+    need_attention(attention, device, dtype)
+    reference = checkpoints.reference(variant, task, backend)
+    folder = checkpoints.quantized_folder(variant, task, backend)
+    model = load(folder, task=task, device=device, dtype=dtype, attn_implementation=attention)  # type: ignore[arg-type]
+    special = {"int8": INT8_MODEL_TOLERANCE, "quanto": QUANTO_MODEL_TOLERANCE}
+    tolerance = special.get(backend.partition("-")[0], MODEL_TOLERANCE)[dtype]
+    return Result(difference(outputs(model), reference), tolerance)
+
+
+def check_layer(
+    run: Callable[[Tensor, str], Tensor], in_features: int, tokens: int, dtype: str, device: str, tolerance: float
+) -> Result:
+    """`run(x, device)`, forward and backward, against its CPU float32 result from the same rounded input."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, in_features, generator=generator).to(DTYPES[dtype])
+    results = []
+    for place, kind in ((device, DTYPES[dtype]), ("cpu", torch.float32)):
+        own = x.detach().to(device=place, dtype=kind).requires_grad_()
+        y = run(own, place)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+        y.backward(upstream.to(device=place, dtype=y.dtype))
+        assert own.grad is not None
+        results.append((y, own.grad))
+    (y, gradient), (y_reference, gradient_reference) = results
+    forward, backward = difference(y, y_reference), difference(gradient, gradient_reference)
+    return Result(max(forward, backward), tolerance, {"forward": forward, "backward": backward})
+
+
+def int8_op(O: int, I: int, symmetric: bool, x: Tensor, device: str) -> Tensor:
+    from qlm.kernels.ops import int8_linear, int8_row_sum
+
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randint(-127, 128, (O, I), dtype=torch.int8, generator=generator).to(device)
+    scale = (torch.rand(O, 1, generator=generator) * 1e-3 + 1e-4).to(device)
+    bias = torch.randn(O, generator=generator).to(device=device, dtype=x.dtype)
+    return int8_linear(x, weight, scale, int8_row_sum(weight), bias, symmetric)
+
+
+def gptq_op(O: int, I: int, bits: int, v2: bool, shuffled: bool, x: Tensor, device: str) -> Tensor:
+    from qlm.kernels.ops import gptq_linear
+    from qlm.numerics.packing import encode_zero_points, pack_rows
+
+    generator = torch.Generator().manual_seed(3)
+    groups = I // 32
+    codes = torch.randint(0, 2**bits, (I, O), generator=generator).to(torch.uint8)
+    zeros = torch.randint(1, 2**bits, (groups, O), generator=generator).to(torch.int32)
+    scales = (torch.rand(groups, O, generator=generator) * 0.02 + 0.002).to(torch.float16)
+    g_idx = (torch.randperm(I, generator=generator) if shuffled else torch.arange(I)) // 32
+    tensors = [
+        pack_rows(codes, bits), encode_zero_points(zeros, bits, "gptq_v2" if v2 else "gptq"), scales, g_idx.to(torch.int32)
+    ]  # fmt: skip
+    bias = torch.randn(O, generator=generator).to(device=device, dtype=x.dtype)
+    return gptq_linear(x, *(tensor.to(device) for tensor in tensors), bias, bits=bits, v2=v2)
+
+
+def nf4_op(O: int, I: int, x: Tensor, device: str) -> Tensor:
+    from qlm.kernels.ops import nf4_linear
+
+    generator = torch.Generator().manual_seed(4)
+    packed = torch.randint(0, 256, (O * I // 2, 1), generator=generator).to(torch.uint8).to(device)
+    absmax = (torch.rand(-(-O * I // 64), generator=generator) * 0.1 + 0.01).to(device)
+    bias = torch.randn(O, generator=generator).to(device=device, dtype=x.dtype)
+    return nf4_linear(x, packed, absmax, bias, out_features=O, in_features=I)
+
+
+def backend_module(backend: str, O: int, I: int, x: Tensor, device: str) -> Tensor:
+    """A linear quantized on the CPU, run by the backend's own module."""
+    from qlm.backends import BACKENDS as REGISTRY
+    from qlm.backends import Statistics
+    from qlm.recipe import quantize_section, settings_for
+
+    settings = settings_for(quantize_section(BACKENDS[backend] or {}), "layers.0.fc1")
+    assert settings is not None
+    own = REGISTRY[settings.backend]
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(O, I, generator=generator) * 0.05
+    inputs = torch.randn(4 * I, I, generator=generator)
+    bias = torch.randn(O, generator=generator)
+    (quantized,) = own.quantize({"fc1": weight}, Statistics(inputs.T @ inputs / len(inputs), len(inputs)), settings)
+    tensors = {name: tensor.to(device) for name, tensor in quantized.tensors.items()}
+    module = own.module(tensors, bias.to(device), (O, I), own.format(settings, torch.float32), x.dtype)
+    return module.to(device)(x)
+
+
+def check_module(backend: str, tokens: int, dtype: str, device: str) -> Result:
+    need(backend)
+    special = {"int8": INT8_LAYER_TOLERANCE, "quanto": QUANTO_LAYER_TOLERANCE}
+    tolerance = special.get(backend.partition("-")[0], LAYER_TOLERANCE)[dtype]
+    return check_layer(partial(backend_module, backend, 256, 128), 128, tokens, dtype, device, tolerance)
+
+
+def codes_of(folder: Path) -> dict[str, Tensor]:
+    """Every code of a quantized folder: name of the linear to int tensor."""
+    from qlm.checkpoint.reader import Checkpoint
+    from qlm.numerics.packing import unpack_nf4, unpack_rows
+
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.quantize_config is not None
+    codes = {}
+    for name, info in checkpoint.tensors.items():
+        linear, _, leaf = name.rpartition(".")
+        if leaf == "qweight":
+            codes[linear] = unpack_rows(checkpoint.read(name), int(checkpoint.quantize_config["bits"]))
+        elif leaf == "weight" and info.dtype == torch.uint8:
+            codes[linear] = unpack_nf4(checkpoint.read(name))
+        elif leaf == "weight" and info.dtype == torch.int8:
+            codes[linear] = checkpoint.read(name)
+    assert codes
+    return codes
+
+
+def kl(first: Path, second: Path) -> float:
+    """Mean KL(first || second) over the tokens of `outputs`, in nats, both on the CPU in float32."""
+    from qlm.load import load
+
+    size = tiny_models().VOCABULARY
+    p, q = (torch.log_softmax(outputs(load(f, dtype="float32"), rows=64).view(-1, size), -1) for f in (first, second))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def check_quantize(checkpoints: Checkpoints, variant: str, backend: str, calibrate_in: str, device: str) -> Result:
+    """qlm.quantize on the device against qlm.quantize on the CPU: share of codes that differ, and the KL it costs."""
+    need(backend)
+
+    def made_on(place: str) -> Path:
+        suffix = f".made-on-{place}-{slug(calibrate_in)}"
+        if calibrate_in != "float32":
+            return checkpoints.quantized_folder(variant, "causal-lm", backend, place, suffix)
+        with mock.patch("qlm.quantize.calibration_dtype", return_value=torch.float32):
+            return checkpoints.quantized_folder(variant, "causal-lm", backend, place, suffix)
+
+    here, there = made_on("cpu"), made_on(device)
+    ours, theirs = codes_of(here), codes_of(there)
+    differing = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
+    share = differing / sum(codes.numel() for codes in ours.values())
+    base = checkpoints.float_folder(variant, "causal-lm")
+    facts = {"kl_made_on_cpu": kl(base, here), "kl_made_here": kl(base, there), "kl_between": kl(here, there)}
+    tolerance = CODES_DIFFER[calibrate_in] if backend.startswith("gptq") else CODES_DIFFER_NEAREST
+    if facts["kl_made_here"] > facts["kl_made_on_cpu"] * (1 + KL_GROWTH) + KL_FLOOR:
+        raise ValueError(f"the KL from the float model grew: {facts}")
+    return Result(share, tolerance, facts)
+
+
+def check_quantize_model(checkpoints: Checkpoints, variant: str, backend: str, device: str) -> Result:
+    """qlm.quantize_model in memory on the device, then run there, against the same on the CPU; float32."""
+    from qlm.load import load
+    from qlm.quantize import quantize_model
+
+    need(backend)
+    results = []
+    for place in (device, "cpu"):
+        model = load(checkpoints.float_folder(variant, "causal-lm"), device=place, dtype="float32")
+        rows = tiny_models().token_ids(batch=64, length=tiny_models().POSITIONS).to(place)
+        quantize_model(model, BACKENDS[backend] or {}, rows if backend.startswith("gptq") else None)
+        results.append(outputs(model))
+    # A code that rounds the other way is a step of 1/15 of a group's range in one weight: that shows in single logits.
+    tolerance = 0.2 if backend.startswith("gptq") else INT8_MODEL_TOLERANCE["float32"]
+    return Result(difference(*results), tolerance)
+
+
+def all_checks(checkpoints: Checkpoints, device: str, few: bool) -> Iterator[Check]:
+    """Every check by its name. `few` keeps one of each kind."""
+    from qlm.arch import FAMILIES as SPECS
+
+    dtypes = ("float32", "bfloat16") if few else tuple(DTYPES)
+    # quanto's qint4 compiles an extension when it is first used: a minute, which a test does not need.
+    backends = [name for name in BACKENDS if name != "float" and not (few and name == "quanto-qint4")]
+    attentions = ("sdpa", "eager", "flash_attention_2")
+
+    for dtype in dtypes:
+        for tokens in (33,) if few else (1, 33):
+            exact, int8_tolerance = LAYER_TOLERANCE[dtype], INT8_LAYER_TOLERANCE[dtype]
+            for O, I in (
+                (256, 128),
+                (60, 1100),
+            ):  # the second has no multiple of 8 out features, and two chunks of sums
+                for symmetric in (False, True):
+                    run: Any = partial(int8_op, O, I, symmetric)
+                    name = f"op int8 {O}x{I} {'symmetric' if symmetric else 'asymmetric'} tokens {tokens} {dtype}"
+                    yield name, partial(check_layer, run, I, tokens, dtype, device, int8_tolerance)
+            for bits in (2, 3, 4, 8):
+                for v2, shuffled in ((False, False), (True, True)):
+                    run = partial(gptq_op, 256, 128, bits, v2, shuffled)
+                    name = f"op gptq {bits}-bit {'v2 shuffled' if v2 else 'v1'} tokens {tokens} {dtype}"
+                    yield name, partial(check_layer, run, 128, tokens, dtype, device, exact)
+            run = partial(nf4_op, 256, 128)
+            yield f"op nf4 tokens {tokens} {dtype}", partial(check_layer, run, 128, tokens, dtype, device, exact)
+            for backend in backends:
+                name = f"module {backend} tokens {tokens} {dtype}"
+                yield name, partial(check_module, backend, tokens, dtype, device)
+
+    def model(variant: str, task: str, backend: str, attention: str, dtype: str) -> Check:
+        name = f"model {variant} {task} {backend} {attention} {dtype}"
+        return name, partial(check_model, checkpoints, variant, task, backend, attention, dtype, device)
+
+    for dtype in dtypes:
+        for variant in FAMILIES if few else tiny_models().VARIANTS:
+            for attention in attentions:
+                yield model(variant, "causal-lm", "float", attention, dtype)
+        for variant in FAMILIES:
+            for backend in backends[:1] if few and variant != FAMILIES[0] else backends:
+                for attention in attentions[:1] if few else attentions:
+                    yield model(variant, "causal-lm", backend, attention, dtype)
+            spec = SPECS[tiny_models().VARIANTS[variant]().config.model_type]
+            for task in spec.model_classes:
+                if task != "causal-lm":
+                    for backend in ["float"] if few else ["float", *backends]:
+                        yield model(variant, task, backend, "sdpa", dtype)
+
+    for variant in FAMILIES[:1] if few else FAMILIES:
+        for backend in ("int8", "nf4", "gptq-4bit") if few else ("int8", "nf4", "nf4-double", "gptq-4bit", "gptq-3bit"):
+            for dtype in CODES_DIFFER if backend.startswith("gptq") else ("float32",):
+                name = f"quantize {variant} {backend} calibrated in {dtype}"
+                yield name, partial(check_quantize, checkpoints, variant, backend, dtype, device)
+        for backend in ("int8", "nf4", "gptq-4bit"):
+            name = f"quantize_model {variant} {backend}"
+            yield name, partial(check_quantize_model, checkpoints, variant, backend, device)
+
+
+def run_check(check: Check, device: str) -> dict[str, Any]:
+    """One row of the report."""
+    name, run = check
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    row: dict[str, Any] = {"name": name}
+    try:
+        result = run()
+        row |= {
+            "max_difference": result.difference if result.difference < float("inf") else None,
+            "tolerance": result.tolerance, "ok": result.difference <= result.tolerance, **result.facts,
+        }  # fmt: skip
+    except NotRun as reason:
+        row |= {"ok": None, "not_run": f"not run: {reason}"}
+    except Exception as error:  # whatever a kernel or a library throws is what this check found; the others still run
+        text = str(error).strip()
+        row |= {"ok": False, "error": f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"}
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    row["seconds"] = round(time.perf_counter() - start, 4)
+    # On the CPU the resident peak of the whole process so far: there is no smaller one to be had.
+    row["peak_mib"] = round((torch.cuda.max_memory_allocated(device) if on_gpu else status_bytes("VmHWM")) / MIB, 1)
+    return row
+
+
+def default_out(device_name: str) -> Path:
+    """$OUT where a machine collects results, else the results folder."""
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "evals" / "results"
+    return folder / f"gpu_check-{slug(device_name)}.json"
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for few checks without a GPU")
+    arguments.add_argument("--out", type=Path, help="JSON report; $OUT or evals/results by default")
+    arguments.add_argument("--only", default="", help="checks whose name contains this text")
+    options = arguments.parse_args()
+    device: str = options.device
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        print(
+            "gpu_check: torch sees no CUDA GPU here; nothing was checked (--device cpu runs a few checks on the CPU)",
+            file=sys.stderr,
+        )
+        return NO_GPU
+    use_checkout()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # The defaults, said aloud: TF32 would round every float32 product to 11 bits.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+    device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    rows = []
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
+        for check in all_checks(Checkpoints(Path(folder)), device, few=not on_gpu):
+            if options.only not in check[0]:
+                continue
+            row = run_check(check, device)
+            rows.append(row)
+            if row["ok"] is False:
+                why = row.get("error") or f"difference {row['max_difference']}, tolerance {row['tolerance']}"
+                print(f"FAILED  {row['name']}: {why}", flush=True)
+
+    reasons: dict[str, int] = {}
+    for row in rows:
+        if row["ok"] is None:
+            reasons[row["not_run"]] = reasons.get(row["not_run"], 0) + 1
+    for reason, count in reasons.items():
+        print(f"{count} checks {reason}")
+    summary = {
+        "device": device_name,
+        "checks": len(rows),
+        "ok": sum(row["ok"] is True for row in rows),
+        "failed": sum(row["ok"] is False for row in rows),
+        "not_run": sum(reasons.values()),
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_mib": max((row["peak_mib"] for row in rows), default=0),
+    }
+    report = {
+        "summary": summary,
+        "machine": {
+            "cpu": cpu_name(), "gpu": device_name if on_gpu else None, "driver": driver_version() if on_gpu else None,
+            "cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability(device)) if on_gpu else None,
+        },
+        "versions": versions(),
+        "not_run": reasons,
+        "checks": rows,
+    }  # fmt: skip
+    out = options.out or default_out(device_name)
+    write_json(out, report)
+    print(f"written: {out}")
+    print(json.dumps(summary))
+    return 1 if summary["failed"] or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,500 @@
+"""GPTQ against a slow float64 oracle in the paper's own (OBQ) form, its properties, and inputs that nobody should send."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlm.backends.base import Statistics
+from qlm.backends.gptq import GptqBackend, GptqFormat
+from qlm.errors import DataError
+from qlm.numerics.gptq import (
+    Factor,
+    GptqResult,
+    SingularHessian,
+    add_gram_,
+    column_order,
+    factorize,
+    finish_hessian_,
+    gptq,
+    unit_factor,
+    weighted_norm,
+)
+from qlm.recipe import LinearSettings, quantize_section, settings_for
+
+BITS = (2, 3, 4, 8)
+ORDERS = ("none", "act", "gar")
+
+# One unit in the last place of fp16: the repaired weights of a group are equal to float64's up to float32 rounding, which may tip
+# the rounding of a scale to the next fp16 value.
+ONE_FP16_UNIT = 2.0**-10
+# How far a repaired weight, in grid steps, may lie from float64's: float32 with a Hessian of condition 1e3 after up to 256 updates.
+STEP_TOLERANCE = 2e-3
+# Relative; float32 sums of up to 2^14 squares.
+ERROR_TOLERANCE = 1e-4
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_inputs(tokens: int, inputs: int, seed: int = 0) -> Tensor:
+    """Activations as they are: correlated, of different sizes, with a few large ones."""
+    x = random(tokens, inputs, seed=seed) @ (random(inputs, inputs, seed=seed + 1) * 0.5 / math.sqrt(inputs) + torch.eye(inputs))
+    return x * (1 + 3 * random(inputs, seed=seed + 2).abs() ** 3)
+
+
+def hessian_of(x: Tensor) -> Tensor:
+    hessian = torch.zeros(x.shape[1], x.shape[1])
+    add_gram_(hessian, x)
+    return finish_hessian_(hessian, len(x))
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """float64."""
+    hessian = hessian.double()
+    return hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+
+
+def dequantized(result: GptqResult) -> Tensor:
+    """float64 [O, I]."""
+    group = result.g_idx.long()
+    return result.scale.double()[:, group] * (result.codes.double() - result.zero_point.double()[:, group])
+
+
+def true_error(weight: Tensor, result: GptqResult, hessian: Tensor) -> float:
+    """sqrt(tr(E H E^T)) in float64."""
+    E = weight.double() - dequantized(result)
+    return torch.einsum("oi,ij,oj->", E, hessian, E).sqrt().item()
+
+
+def minmax_in_float64(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Written from the definition; weight [O, g]. Scales before their rounding to fp16, zero points before theirs."""
+    half, top = 2 ** (bits - 1), 2**bits - 1
+    if symmetric:
+        extreme = torch.stack([row[row.abs().argmax()] for row in weight])
+        return -extreme / half, torch.full_like(extreme, half)
+    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    scale = torch.maximum((high - low) / top, high / (top - 1))
+    return scale, -low / scale
+
+
+def follow_oracle(weight: Tensor, hessian: Tensor, order: Tensor, bits: int, group_size: int, symmetric: bool, got: GptqResult) -> int:
+    """The paper's method as plainly as can be, in float64: one column at a time; after each, the others are updated by its row of the
+    inverse Hessian, and the column is removed from the inverse by one step of Gaussian elimination (equation 3 of the paper).
+
+    Where float64 itself is within a tolerance of another decision (a scale's fp16 rounding, a tie between codes), the oracle takes the
+    tested one; everywhere else `got` must agree. Returns how many codes were such ties.
+    """
+    W = weight.double()[:, order].clone()
+    inverse = torch.linalg.inv(hessian[order][:, order])
+    ties, top = 0, 2**bits - 1
+    scale = zero = torch.empty(0)
+    for j in range(W.shape[1]):
+        input_ = int(order[j])
+        group = int(got.g_idx[input_])
+        if j % group_size == 0:
+            members = order[j : j + group_size]
+            assert (got.g_idx[members] == group).all()
+            wanted, wanted_zero = minmax_in_float64(W[:, j : j + group_size], bits, symmetric)
+            scale, zero = got.scale[:, group].double(), got.zero_point[:, group].double()
+            assert torch.equal(scale.float(), scale.half().float())
+            assert ((scale - wanted).abs() <= ONE_FP16_UNIT * wanted.abs()).all()
+            # The zero point is -low over the rounded scale.
+            slack = 0.5 + ONE_FP16_UNIT * top + STEP_TOLERANCE
+            assert ((zero - wanted_zero.clamp(1, top)).abs() <= slack).all()
+        w = W[:, j]
+        exact = w / scale + zero
+        code = torch.clamp(torch.round(w / scale) + zero, 0, top)
+        found = got.codes[:, input_].double()
+        differ = found != code
+        near = ((exact - exact.floor() - 0.5).abs() < STEP_TOLERANCE) & ((found - exact).abs() < 0.5 + STEP_TOLERANCE)
+        assert (near | ~differ).all(), f"column {j}: {int((differ & ~near).sum())} codes differ"
+        ties += int(differ.sum())
+        error = (w - scale * (found - zero)) / inverse[j, j]
+        W[:, j + 1 :] -= error[:, None] * inverse[j, j + 1 :]
+        inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1, :] / inverse[j, j]
+    return ties
+
+
+class TestOracle:
+    @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+    @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_codes_are_the_papers(self, order: str, bits: int, symmetric: bool, group_size: int) -> None:
+        O, I = 6, 256
+        group_size = I if group_size == -1 else group_size
+        weight, x = random(O, I, seed=bits), correlated_inputs(512, I)
+        H = hessian_of(x)
+        columns = column_order(H.diagonal(), order, group_size)
+        factor = factorize(H, columns, 0.01)
+        result = gptq(weight, factor, bits=bits, group_size=group_size, symmetric=symmetric, search=False)
+        ties = follow_oracle(weight, damped(H, 0.01), columns, bits, group_size, symmetric, result)
+        assert ties <= 2
+        expected = true_error(weight, result, damped(H, 0.01))
+        assert result.error == pytest.approx(expected, rel=ERROR_TOLERANCE)
+
+    @pytest.mark.parametrize(("inputs", "group_size"), [(96, 96), (192, 96), (160, 32), (320, 64), (300, 300), (384, 128), (8, 8)])
+    def test_awkward_shapes(self, inputs: int, group_size: int) -> None:
+        weight, H = random(5, inputs), hessian_of(correlated_inputs(2 * inputs, inputs))
+        columns = column_order(H.diagonal(), "gar", group_size)
+        result = gptq(weight, factorize(H, columns, 0.01), bits=4, group_size=group_size, symmetric=True, search=False)
+        assert follow_oracle(weight, damped(H, 0.01), columns, 4, group_size, True, result) <= 2
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        st.sampled_from([(32, 32), (64, 32), (96, 32), (96, 96), (160, 32), (192, 64)]), st.integers(1, 8), st.sampled_from(BITS),
+        st.booleans(), st.sampled_from(ORDERS), st.sampled_from([1e-3, 0.01, 0.1, 1.0]), st.integers(0, 100),
+    )  # fmt: skip
+    def test_any_shape(
+        self, shape: tuple[int, int], outputs: int, bits: int, symmetric: bool, order: str, damp: float, seed: int
+    ) -> None:
+        inputs, group_size = shape
+        weight, H = random(outputs, inputs, seed=seed), hessian_of(correlated_inputs(2 * inputs, inputs, seed))
+        columns = column_order(H.diagonal(), order, group_size)
+        result = gptq(weight, factorize(H, columns, damp), bits=bits, group_size=group_size, symmetric=symmetric, search=False)
+        follow_oracle(weight, damped(H, damp), columns, bits, group_size, symmetric, result)
+        assert result.error == pytest.approx(true_error(weight, result, damped(H, damp)), rel=ERROR_TOLERANCE)
+
+    @pytest.mark.parametrize("search", [False, True], ids=["minmax", "search"])
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_error_is_that_of_what_is_stored(self, order: str, search: bool) -> None:
+        weight, H = random(24, 256), hessian_of(correlated_inputs(512, 256))
+        factor = factorize(H, column_order(H.diagonal(), order, 64), 0.01)
+        result = gptq(weight, factor, bits=3, group_size=64, symmetric=False, search=search)
+        assert result.error == pytest.approx(true_error(weight, result, damped(H, 0.01)), rel=ERROR_TOLERANCE)
+        W = weight.double()
+        norm = torch.einsum("oi,ij,oj->", W, damped(H, 0.01), W).sqrt().item()
+        assert weighted_norm(weight, factor) == pytest.approx(norm, rel=ERROR_TOLERANCE)
+
+
+class TestProperties:
+    @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+    @pytest.mark.parametrize("bits", BITS)
+    def test_unit_hessian_is_round_to_nearest(self, bits: int, symmetric: bool) -> None:
+        weight = random(16, 256)
+        result = gptq(weight, unit_factor(256), bits=bits, group_size=64, symmetric=symmetric, search=False)
+        grouped = weight.double().view(16, 4, 64)
+        scale, zero = result.scale.double()[..., None], result.zero_point.double()[..., None]
+        nearest = torch.clamp(torch.round(grouped / scale) + zero, 0, 2**bits - 1)
+        assert torch.equal(result.codes.double().view_as(nearest), nearest)
+        assert result.error == pytest.approx((weight.double() - dequantized(result)).norm().item(), rel=ERROR_TOLERANCE)
+
+    @pytest.mark.parametrize("search", [False, True], ids=["minmax", "search"])
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_beats_round_to_nearest(self, bits: int, order: str, search: bool) -> None:
+        weight, H = random(32, 256), hessian_of(correlated_inputs(1024, 256))
+        factor = factorize(H, column_order(H.diagonal(), order, 64), 0.01)
+        common = {"bits": bits, "group_size": 64, "symmetric": True}
+        nearest = gptq(weight, unit_factor(256), **common, search=False)
+        # At 2 bits a min-max grid clips the positive side at half the negative one's, and what the repair adds may fall outside.
+        limit = 1.25 if bits == 2 and not search else 0.95
+        assert gptq(weight, factor, **common, search=search).error < limit * true_error(weight, nearest, damped(H, 0.01))
+
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    def test_search_is_worth_it(self, bits: int) -> None:
+        weight, H = random(64, 256), hessian_of(correlated_inputs(1024, 256))
+        factor = factorize(H, column_order(H.diagonal(), "gar", 64), 0.01)
+        plain, found = (gptq(weight, factor, bits=bits, group_size=64, symmetric=True, search=s).error for s in (False, True))
+        assert found < plain
+
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("search", [False, True], ids=["minmax", "search"])
+    def test_rows_are_independent(self, order: str, search: bool) -> None:
+        H = hessian_of(correlated_inputs(512, 256))
+        parts = [random(n, 256, seed=n) for n in (1, 7, 24)]
+        factor = factorize(H, column_order(H.diagonal(), order, 32), 0.01)
+        common = {"bits": 4, "group_size": 32, "symmetric": False, "search": search}
+        stacked = gptq(torch.cat(parts), factor, **common)
+        alone = [gptq(part, factor, **common) for part in parts]
+        # Sums over inputs run in another order when the rows are others: what it may tip is a tie.
+        assert (stacked.codes != torch.cat([r.codes for r in alone])).float().mean() < 1e-3
+        assert torch.allclose(stacked.scale, torch.cat([r.scale for r in alone]), rtol=ONE_FP16_UNIT)
+        assert stacked.error == pytest.approx(math.hypot(*(r.error for r in alone)), rel=1e-3)
+
+    @pytest.mark.parametrize("size", [1e-12, 1e-3, 1e3, 1e12])
+    def test_size_of_the_hessian_does_not_matter(self, size: float) -> None:
+        weight, H = random(16, 128), hessian_of(correlated_inputs(512, 128))
+        results = [
+            gptq(weight, factorize(h, torch.arange(128), 0.01), bits=3, group_size=32, symmetric=True, search=True)
+            for h in (H, H * size)
+        ]
+        assert (results[0].codes != results[1].codes).float().mean() < 1e-3
+        assert results[1].error == pytest.approx(results[0].error * math.sqrt(size), rel=1e-3)
+
+    def test_tiny_hessian_still_searches(self) -> None:
+        # 1 / U_jj^2 of inputs around 1e-19 is below float32's range.
+        weight, H = random(16, 128), hessian_of(correlated_inputs(512, 128))
+        small = factorize(H * 2.0**-124, torch.arange(128), 0.01)
+        plain, found = (gptq(weight, small, bits=3, group_size=32, symmetric=True, search=s) for s in (False, True))
+        assert not torch.equal(plain.scale, found.scale)
+
+    def test_powers_of_two_move_only_the_scale(self) -> None:
+        weight, H = random(16, 128), hessian_of(correlated_inputs(512, 128))
+        factor = factorize(H, torch.arange(128), 0.01)
+        common = {"bits": 4, "group_size": 32, "symmetric": True, "search": True}
+        one, eighth = gptq(weight, factor, **common), gptq(weight / 8, factor, **common)
+        assert torch.equal(one.codes, eighth.codes)
+        assert torch.equal(one.scale / 8, eighth.scale)
+
+    def test_contiguous_act_order_is_stored_as_plain_groups(self) -> None:
+        H = torch.diag(torch.arange(128, 0, -1).float())
+        factor = factorize(H, column_order(H.diagonal().flip(0), "act", 32), 0.01)
+        result = gptq(random(8, 128), factor, bits=4, group_size=32, symmetric=True, search=False)
+        assert torch.equal(result.g_idx, (torch.arange(128) // 32).int())
+        assert ((random(8, 128).double() - dequantized(result)).abs() <= result.scale.abs().double()[:, result.g_idx.long()]).all()
+
+    def test_act_order_stores_a_permutation(self) -> None:
+        H = hessian_of(correlated_inputs(512, 128))
+        factor = factorize(H, column_order(H.diagonal(), "act", 32), 0.01)
+        result = gptq(random(8, 128), factor, bits=4, group_size=32, symmetric=True, search=False)
+        assert torch.equal(result.g_idx.bincount(), torch.full((4,), 32))
+        assert result.g_idx.dtype == torch.int32
+        assert not torch.equal(result.g_idx, (torch.arange(128) // 32).int())
+
+
+class TestColumnOrder:
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(1, 6), st.sampled_from([8, 32]), st.sampled_from(ORDERS), st.integers(0, 1000), st.booleans())
+    def test_is_a_permutation_with_its_property(self, groups: int, group_size: int, order: str, seed: int, ties: bool) -> None:
+        diagonal = random(groups * group_size, seed=seed).abs()
+        if ties:
+            diagonal = (diagonal * 2).round()
+        columns = column_order(diagonal, order, group_size)
+        assert sorted(columns.tolist()) == list(range(len(diagonal)))
+        if order == "none":
+            assert columns.tolist() == sorted(columns.tolist())
+        elif order == "act":
+            assert (diagonal[columns].diff() <= 0).all()
+        else:
+            owner = (columns // group_size).view(groups, group_size)
+            assert (owner == owner[:, :1]).all(), "groups stay contiguous"
+            inside = diagonal[columns].view(groups, group_size)
+            assert (inside.diff(dim=1) <= 0).all()
+            assert (inside[:, 0].diff() <= 0).all()
+        assert torch.equal(columns, column_order(diagonal, order, group_size))
+
+
+class TestHessian:
+    @pytest.mark.parametrize("inputs", [1, 7, 512, 513, 1100])
+    def test_is_the_mean_of_outer_products(self, inputs: int) -> None:
+        x = random(50, inputs)
+        hessian = torch.zeros(inputs, inputs)
+        for part in x.split(16):
+            add_gram_(hessian, part)
+        finish_hessian_(hessian, 50)
+        assert torch.allclose(hessian, hessian.T, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(hessian.double(), x.double().T @ x.double() / 50, atol=1e-5)
+
+    def test_sixteen_bit_inputs_are_summed_in_float32(self) -> None:
+        x = (random(64, 16) * 300).half()  # squares that fp16 cannot hold
+        assert torch.allclose(hessian_of(x), hessian_of(x.float()))
+
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("damp", [1e-3, 0.01, 1.0])
+    def test_factor_is_that_of_the_inverse(self, order: str, damp: float) -> None:
+        H = hessian_of(correlated_inputs(512, 128))
+        columns = column_order(H.diagonal(), order, 32)
+        factor = factorize(H, columns, damp)
+        assert factor.damp == damp
+        assert torch.equal(factor.order, columns)
+        assert torch.equal(factor.U, factor.U.triu())
+        assert (factor.U.diagonal() > 0).all()
+        inverse = torch.linalg.inv(damped(H, damp)[columns][:, columns])
+        U = factor.U.double()
+        assert ((U.T @ U - inverse).abs().max() / inverse.abs().max()) < 1e-3
+
+    def test_leaves_the_hessian_alone(self) -> None:
+        H = hessian_of(correlated_inputs(128, 64))
+        before = H.clone()
+        factorize(H, torch.arange(64), 0.01)
+        assert torch.equal(H, before)
+
+    def test_damping_rises_until_it_works(self) -> None:
+        x = random(3, 64)
+        H = x.T @ x / 3
+        assert factorize(H, torch.arange(64), 0.01).damp == 0.01
+        # Slightly indefinite, as rounding makes it: damping must reach beyond the negative eigenvalue, doubling from what was asked.
+        H -= 0.05 * H.diagonal().mean() * torch.eye(64)
+        factor = factorize(H, torch.arange(64), 0.01)
+        steps = math.log2(factor.damp / 0.01)
+        assert factor.damp > 0.05
+        assert steps == round(steps)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_no_damping_asked_for(self, seed: int) -> None:
+        x = random(8, 64, seed=seed)
+        factor = factorize(x.T @ x, torch.arange(64), 0.0)
+        assert factor.damp <= 0.01
+        assert factor.U.isfinite().all()
+
+    @pytest.mark.parametrize(
+        "hessian",
+        [torch.zeros(32, 32), torch.full((32, 32), float("nan")), torch.full((32, 32), float("inf")), -torch.eye(32),
+         torch.eye(32) - 5, torch.diag(torch.tensor([float("nan")] + [1.0] * 31)),
+         torch.eye(32).index_put((torch.tensor([5, 3]), torch.tensor([3, 5])), torch.tensor(float("nan"))),
+         torch.eye(32).index_put((torch.tensor([5, 3]), torch.tensor([3, 5])), torch.tensor(float("inf")))],
+        ids=["zero", "nan", "inf", "negative", "indefinite", "nan-diagonal", "nan-beside-diagonal", "inf-beside-diagonal"],
+    )  # fmt: skip
+    @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
+    def test_hopeless_ones_are_refused(self, hessian: Tensor, damp: float) -> None:
+        with pytest.raises(SingularHessian):
+            factorize(hessian, torch.arange(32), damp)
+
+
+class TestDeadColumns:
+    def test_keep_their_rounding_to_nearest(self) -> None:
+        weight, x = random(16, 128), correlated_inputs(512, 128)
+        dead = torch.tensor([0, 5, 64, 127])
+        x[:, dead] = 0
+        H = hessian_of(x)
+        for order in ORDERS:
+            factor = factorize(H, column_order(H.diagonal(), order, 32), 0.01)
+            result = gptq(weight, factor, bits=4, group_size=32, symmetric=True, search=True)
+            group = result.g_idx[dead].long()
+            scale, zero = result.scale.double()[:, group], result.zero_point.double()[:, group]
+            nearest = torch.clamp(torch.round(weight.double()[:, dead] / scale) + zero, 0, 15)
+            assert torch.equal(result.codes[:, dead].double(), nearest)
+
+    def test_all_dead_but_one(self) -> None:
+        x = torch.zeros(64, 128)
+        x[:, 17] = 1
+        factor = factorize(hessian_of(x), torch.arange(128), 0.01)
+        result = gptq(random(8, 128), factor, bits=4, group_size=64, symmetric=True, search=False)
+        assert math.isfinite(result.error)
+        assert (dequantized(result) - random(8, 128)).abs().max() < 0.6
+
+
+def rank_one(x: Tensor) -> Tensor:
+    return x[:, :1] * x[:1]
+
+
+def duplicated(x: Tensor) -> Tensor:
+    return torch.cat([x[:, : x.shape[1] // 2]] * 2, 1)
+
+
+# Kinds of input that are unusual and finite: the result must be as well.
+INPUTS = {
+    "rank-1": rank_one,
+    "fewer-samples-than-columns": lambda x: x[:20],
+    "one-sample": lambda x: x[:1],
+    "duplicate-columns": duplicated,
+    "all-columns-equal": lambda x: x[:, :1].expand(-1, x.shape[1]),
+    "outlier-1e4": lambda x: torch.cat([x[:, :1] * 1e4, x[:, 1:]], 1),
+    "one-huge-token": lambda x: torch.cat([x[:1] * 1e4, x[1:]]),
+    "large": lambda x: x * 1e15,
+    "small": lambda x: x * 1e-15,
+    "subnormal-squares": lambda x: x * 1e-20,
+    "half-dead": lambda x: x * (torch.arange(x.shape[1]) % 2),
+    "constant": lambda x: torch.ones_like(x),
+}
+WEIGHTS = {
+    "normal": lambda w: w,
+    "zero": lambda w: w * 0,
+    "zero-row": lambda w: torch.cat([w[:-1], w[-1:] * 0]),
+    "constant-rows": lambda w: w[:, :1].expand_as(w).contiguous(),
+    "size-1e-30": lambda w: w * 1e-30,
+    "subnormal": lambda w: w * 1e-40,
+    "fp16-subnormal": lambda w: w * 2.0**-20,
+    "65504": lambda w: w.clamp(-1, 1) * 65504,
+    "outlier-1e4": lambda w: torch.cat([w[:, :1] * 1e4, w[:, 1:]], 1),
+}
+
+
+class TestFaults:
+    @pytest.mark.parametrize("inputs", INPUTS)
+    @pytest.mark.parametrize("weights", WEIGHTS)
+    @pytest.mark.parametrize("search", [False, True], ids=["minmax", "search"])
+    def test_no_silent_nan(self, inputs: str, weights: str, search: bool) -> None:
+        """Each unusual input either works, with an error that is what it says, or is refused by name."""
+        weight = WEIGHTS[weights](random(8, 128))
+        H = hessian_of(INPUTS[inputs](correlated_inputs(256, 128)))
+        for seed, (bits, symmetric, order) in enumerate([(4, True, "gar"), (2, False, "act"), (3, False, "none")]):
+            try:
+                factor = factorize(H, column_order(H.diagonal(), order, 32), 0.01)
+                result = gptq(weight, factor, bits=bits, group_size=32, symmetric=symmetric, search=search)
+            except SingularHessian:
+                assert inputs in ("subnormal-squares",), "only a Hessian of almost nothing may be refused"
+                continue
+            except ValueError as error:
+                # Repairs of neighbours can grow without bound where columns are copies of each other.
+                if "fp16" not in str(error) or weights not in ("65504", "outlier-1e4"):
+                    raise
+                continue
+            assert math.isfinite(result.error), seed
+            assert math.isfinite(weighted_norm(weight, factor))
+            assert result.scale.isfinite().all()
+            assert (result.scale != 0).all()
+            assert torch.equal(result.scale, result.scale.half().float())
+            assert result.codes.max() <= 2**bits - 1
+            assert result.zero_point.min() >= 1
+            assert result.zero_point.max() <= 2**bits - 1
+            if weights == "zero":
+                assert result.error == 0
+                assert (dequantized(result) == 0).all()
+            if weights == "zero-row":
+                assert (dequantized(result)[-1] == 0).all()
+
+    def test_overflow_in_the_solver_is_refused(self) -> None:
+        U = torch.eye(32)
+        U[0, 1:] = 1e38
+        weight = random(4, 32) * 1e3
+        with pytest.raises(ValueError, match=r"too large|fp16"):
+            gptq(weight, Factor(U, torch.arange(32), 0.01), bits=4, group_size=32, symmetric=True, search=False)
+
+
+class TestBackend:
+    """What GptqBackend makes of faults, and what it stores."""
+
+    backend = GptqBackend()
+
+    def settings(self, **changes: object) -> LinearSettings:
+        found = settings_for(quantize_section({"backend": "gptq", "group_size": 32, **changes}), "layers.0.fc1")
+        assert found is not None
+        return found
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_non_finite_weight_names_its_layer(self, value: float) -> None:
+        weights = {"layers.0.q": random(32, 64), "layers.0.k": random(32, 64)}
+        weights["layers.0.k"][3, 7] = value
+        with pytest.raises(DataError, match=r"^layers\.0\.k\.weight: "):
+            self.backend.quantize(weights, Statistics(torch.eye(64), 100), self.settings())
+
+    @pytest.mark.parametrize("hessian", [torch.zeros(64, 64), torch.full((64, 64), float("nan"))], ids=["zero", "nan"])
+    def test_unusable_hessian(self, hessian: Tensor) -> None:
+        weights = {"layers.0.q": random(32, 64)}
+        with pytest.raises(DataError, match=r"^layers\.0\.q: .*on_failure: round_to_nearest"):
+            self.backend.quantize(weights, Statistics(hessian, 100), self.settings())
+        (made,) = self.backend.quantize(weights, Statistics(hessian, 100), self.settings(on_failure="round_to_nearest"))
+        assert made.facts["method"] == "round_to_nearest"
+        assert "Hessian" in made.facts["why"]
+        plain = gptq(weights["layers.0.q"], unit_factor(64), bits=4, group_size=32, symmetric=True, search=True)
+        stored = self.backend.dequantize(made.tensors, (32, 64), GptqFormat(4, 32))
+        assert torch.equal(stored.double(), dequantized(plain))
+
+    def test_weights_too_large_for_fp16_scales(self) -> None:
+        with pytest.raises(DataError, match=r"layers\.0\.q.*fp16"):
+            self.backend.quantize({"layers.0.q": random(32, 64) * 1e6}, Statistics(torch.eye(64), 9), self.settings())
+
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+    def test_stored_tensors_are_the_solvers(self, bits: int, order: str, symmetric: bool) -> None:
+        weights = {"q": random(32, 128), "k": random(64, 128, seed=1)}
+        H = hessian_of(correlated_inputs(256, 128))
+        made = self.backend.quantize(weights, Statistics(H, 256), self.settings(bits=bits, order=order, symmetric=symmetric))
+        factor = factorize(H, column_order(H.diagonal(), order, 32), 0.01)
+        result = gptq(torch.cat([*weights.values()]), factor, bits=bits, group_size=32, symmetric=symmetric, search=True)
+        stored = [
+            self.backend.dequantize(m.tensors, (w.shape[0], w.shape[1]), GptqFormat(bits, 32, symmetric))
+            for m, w in zip(made, weights.values(), strict=True)
+        ]
+        # scale * (code - zero point) is one rounding in float32.
+        assert torch.equal(torch.cat(stored), dequantized(result).float())
+        assert made[0].facts["relative_error"] == pytest.approx(result.error / weighted_norm(torch.cat([*weights.values()]), factor))
+        assert made[0].facts["damp"] == 0.01
