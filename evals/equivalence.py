@@ -9,7 +9,8 @@ with plain transformers, and compares logits on held-out text, on the CPU in flo
             compressed-tensors 0.20 takes one for all tokens, since OPT flattens them there
     nf4     transformers with bitsandbytes: as config.json has it, computing in bf16; in float32; and in float32 without its repacking,
             which rounds absmax to bf16 (evals/LOG.md)
-    gptq    GPTQModel, with its torch kernel, in an environment of its own (evals/peer_gptqmodel.py)
+    gptq    GPTQModel, with its torch kernel, in an environment of its own (evals/peer_gptqmodel.py): as it is; for GPT-NeoX also with
+            the head put in, which GPTQModel 7.7.0 does not find under its published name and leaves uninitialised
 
 A table of the largest difference of a logit and the share of positions with the same most likely token, then one line of JSON.
 For int8 it also says how far single linears are apart on the same input, relative to their largest output: activations are rounded
@@ -143,11 +144,19 @@ def worst_linear(ours: Any, theirs: Any, windows: Tensor) -> float:
     return max(found)
 
 
-def gptqmodel_logits(python: Path, folder: Path, windows: Tensor, work: Path) -> Tensor:
+def gptqmodel_logits(python: Path, folder: Path, windows: Tensor, work: Path, *flags: str) -> Tensor:
     """GPTQModel's logits, computed by another interpreter."""
     file, found = work / "windows.json", work / "logits.pt"
     file.write_text(json.dumps(windows.tolist()))
-    command = [str(python), str(ROOT / "evals" / "peer_gptqmodel.py"), "logits", str(folder), str(file), str(found)]
+    command = [
+        str(python),
+        str(ROOT / "evals" / "peer_gptqmodel.py"),
+        "logits",
+        str(folder),
+        str(file),
+        str(found),
+        *flags,
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "GPTQMODEL_CPU_WORKERS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -179,10 +188,15 @@ def others(backend: str, folder: Path, ours: Any, windows: Tensor, work: Path, p
         yield "bitsandbytes, float32", partial(bitsandbytes, partial(compute_in_float32, repack=True))
         yield "bitsandbytes, float32, no repacking", partial(bitsandbytes, partial(compute_in_float32, repack=False))
     elif python is not None:
-        yield "GPTQModel, torch kernel", lambda: (gptqmodel_logits(python, folder, windows, work), {})
+        yield "GPTQModel, as it is", lambda: (gptqmodel_logits(python, folder, windows, work), {})
+        if ours.config.model_type == "gpt_neox":
+            restored = partial(gptqmodel_logits, python, folder, windows, work, "--restore-head")
+            yield "GPTQModel, with the head put in", lambda: (restored(), {})
 
 
 def compare(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    if not bool(theirs.isfinite().all()):
+        raise ValueError("their logits are NaN or infinite")
     return {
         "largest_logit_difference": (ours - theirs).abs().max().item(),
         "logit_std": ours.std().item(),

@@ -69,10 +69,11 @@ QUANTO_MODEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5, "float16": 0.07}
 LAYER_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.007}
 INT8_LAYER_TOLERANCE = {"float32": 0.02, "bfloat16": 0.05, "float16": 0.02}
 QUANTO_LAYER_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.015}
-# GPTQ lets every column repair the ones before it, so that one code that rounds the other way moves those after it. The share of
-# codes that differ, and how much the quantized model's KL from the float one may grow (relative, plus an absolute floor).
-CODES_DIFFER = {"float32": 0.01, "calibration dtype": 0.15}
-KL_GROWTH = 0.25
+# GPTQ lets every column repair the ones before it, so that one code that rounds the other way moves those after it: on one CPU, 11 % of the
+# codes differ when the Hessian is summed in float64 instead, and 37 % when blocks compute in bf16 instead of float32 (3 bits; 4 % and 19 %
+# with 4), while the KL from the float model stays within 1 % and 9 %. So codes may differ; the KL may not grow (relative, plus a floor).
+CODES_DIFFER = {"float32": 0.2, "calibration dtype": 0.5}
+KL_GROWTH = 0.2
 KL_FLOOR = 1e-4
 # Rounding to nearest is the same operations on the same numbers.
 CODES_DIFFER_NEAREST = 1e-4
@@ -359,6 +360,7 @@ def check_quantize(checkpoints: Checkpoints, variant: str, backend: str, calibra
     base = checkpoints.float_folder(variant, "causal-lm")
     facts = {"kl_made_on_cpu": kl(base, here), "kl_made_here": kl(base, there), "kl_between": kl(here, there)}
     tolerance = CODES_DIFFER[calibrate_in] if backend.startswith("gptq") else CODES_DIFFER_NEAREST
+    # The device must not quantize worse than the CPU does.
     if facts["kl_made_here"] > facts["kl_made_on_cpu"] * (1 + KL_GROWTH) + KL_FLOOR:
         raise ValueError(f"the KL from the float model grew: {facts}")
     return Result(share, tolerance, facts)

@@ -48,6 +48,13 @@ def logits(options: argparse.Namespace, windows: list[list[int]]) -> dict[str, f
     # Its plain torch kernel, since the fused ones round activations. It refuses float32 when it loads, and computes in it afterwards.
     loaded = GPTQModel.load(str(options.model), device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH)
     model = loaded.model.float().eval()
+    if options.restore_head:
+        from safetensors.torch import load_file
+
+        for shard in options.model.glob("*.safetensors"):
+            tensors = load_file(shard)
+            if "embed_out.weight" in tensors:
+                model.lm_head.weight.data = tensors["embed_out.weight"].float()
     start = time.perf_counter()
     with torch.no_grad():
         found = torch.cat([model(input_ids=torch.tensor([row])).logits.float() for row in windows])
@@ -64,6 +71,7 @@ def main() -> None:
     arguments.add_argument("--bits", type=int, default=4)
     arguments.add_argument("--group-size", type=int, default=128)
     arguments.add_argument("--dtype", default="float32", help="what GPTQModel computes in")
+    arguments.add_argument("--restore-head", action="store_true", help="read embed_out, which GPTQModel 7.7.0 does not")
     options = arguments.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")

@@ -160,7 +160,7 @@ def open_source(
     base_only = not any(name.startswith(f"{spec.prefix}.") for name in tensors)
     embedding = (spec.embedding if base_only else f"{spec.prefix}.{spec.embedding}") + ".weight"
     dtype = tensors[embedding].dtype if embedding in tensors else torch.float32
-    backend, scheme = _read_scheme(checkpoint, empty, dtype)
+    backend, scheme = _read_scheme(checkpoint, empty, f"{spec.prefix}." if task == "base" else "", dtype)
 
     expected: dict[str, tuple[tuple[int, ...], frozenset[torch.dtype]]] = {}
     optional: set[str] = set()
@@ -200,15 +200,20 @@ def open_source(
     return source, empty
 
 
-def _read_scheme(checkpoint: Checkpoint, empty: Any, dtype: torch.dtype) -> tuple[Backend | None, dict[str, Any]]:
-    linears = linear_paths(empty)
+def _read_scheme(
+    checkpoint: Checkpoint, empty: Any, within: str, dtype: torch.dtype
+) -> tuple[Backend | None, dict[str, Any]]:
+    """Who stores the quantized linears, and how each. Configs name them by their paths in the causal LM, which in a base model alone
+    lie `within` its prefix."""
+    backend: Backend
     if checkpoint.quantize_config is not None:
-        backend = backend_of(checkpoint.quantize_config)
-        return backend, backend.read(checkpoint.quantize_config, linears, dtype)
-    quanto_map = checkpoint.read_json(QUANTO_MAP)
-    if quanto_map is not None:
-        return BACKENDS["quanto"], BACKENDS["quanto"].read(quanto_map, linears, dtype)
-    return None, {}
+        config, backend = checkpoint.quantize_config, backend_of(checkpoint.quantize_config)
+    elif (quanto_map := checkpoint.read_json(QUANTO_MAP)) is not None:
+        config, backend = quanto_map, BACKENDS["quanto"]
+    else:
+        return None, {}
+    scheme = backend.read(config, [within + path for path in linear_paths(empty)], dtype)
+    return backend, {path.removeprefix(within): how for path, how in scheme.items()}
 
 
 def _tied_names(spec: FamilySpec, config: Any, task: Task) -> list[str]:

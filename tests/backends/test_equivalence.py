@@ -310,7 +310,6 @@ class TestTasks:
             assert torch.equal(hidden, getattr(whole, whole.base_model_prefix)(ids).last_hidden_state)
 
 
-@pytest.mark.xfail(strict=True, reason="load.py hands a base model's paths to the backend without the prefix that the config's names have")
 @pytest.mark.parametrize("section", ["backend: int8", "backend: nf4", 'backend: gptq, skip: ["*.0.fc1"]'])
 def test_the_base_model_with_linears_left_out(section: str, quantized: Quantized) -> None:
     assert load(quantized("opt-350m", section), task="base")
