@@ -90,11 +90,15 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
 
 
 def recipe(checkpoint: Path, output: Path, options: argparse.Namespace) -> dict[str, Any]:
-    text = str(ROOT / "calibration_data" / "english.txt")
+    # A token a byte here: as much text as the windows need. qlm tokenizes it with the clock running, the peer gets ids.
+    text = output.parent / f"calibration-{options.samples}x{options.length}.txt"
+    bytes_needed = options.samples * (options.length + 1) + 4
+    source = (ROOT / "calibration_data" / "english.txt").read_bytes()
+    text.write_bytes((source * (bytes_needed // len(source) + 1))[:bytes_needed].decode("utf-8", "ignore").encode())
     return {
         "model": str(checkpoint),
         "quantize": {"backend": "gptq", "bits": options.bits, "group_size": options.group_size},
-        "calibration": {"data": text, "samples": options.samples, "length": options.length},
+        "calibration": {"data": str(text), "samples": options.samples, "length": options.length},
         "output": str(output),
     }
 
@@ -169,7 +173,9 @@ def main() -> int:
         "--only-memory", action="store_true", help="one qlm run, its peak beside the checkpoint's size"
     )
     arguments.add_argument("--work", type=Path, help="folder for checkpoints and outputs; checkpoints stay there")
-    arguments.add_argument("--out", type=Path, help="folder for quantize_speed-SHAPE.json")
+    arguments.add_argument(
+        "--out", type=Path, help="folder for quantize_speed-gptq-SHAPE.json or quantize_speed-memory-SHAPE.json"
+    )
     if len(sys.argv) == 4 and sys.argv[1] == "--worker":
         use_checkout()
         worker(Path(sys.argv[2]), int(sys.argv[3]))

@@ -6,8 +6,8 @@ it produce them, and moves on when the block is done. Memory is one block, its i
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def bos_rule(spec: FamilySpec) -> str:
 def window_length(length: int | None, positions: int) -> int:
     """The length asked for, or the model's own, 2048 at most. Raises UsageError for one longer than the positions."""
     if length is not None and length > positions:
-        raise UsageError(f"length: {length} tokens, but the model has {positions} positions")
+        raise UsageError(f"length: windows of {length} tokens, but the model has {positions} positions")
     return length or min(positions, LONGEST_WINDOW)
 
 
@@ -182,6 +182,32 @@ def calibration_windows(
         )
     chosen = torch.randperm(available, generator=generator)[:samples]
     return ids[: available * length].view(available, length)[chosen]
+
+
+def check_windows(windows: Any, spec: FamilySpec, config: Any) -> None:
+    """Refuse windows that the model cannot read. Raises UsageError."""
+    if not isinstance(windows, Tensor) or windows.dtype != torch.int64 or windows.ndim != 2 or not windows.numel():
+        what = f"{windows.dtype} {list(windows.shape)}" if isinstance(windows, Tensor) else type(windows).__name__
+        raise UsageError(f"calibration: found {what}; expected token ids, int64 [samples, length]")
+    window_length(windows.shape[1], int(getattr(config, spec.positions)))
+    if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
+        raise UsageError(
+            f"calibration: ids from {int(windows.min())} to {int(windows.max())}, but the model has {config.vocab_size} "
+            "tokens: the tokenizer is another model's"
+        )
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Dropout off inside; afterwards every module is in the mode it was in (they may differ inside one model)."""
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Stop(Exception):
@@ -220,7 +246,7 @@ class Stream:
         hook = model.get_submodule(first_block).register_forward_pre_hook(catch, with_kwargs=True)
         try:
             for batch in windows.split(self._size):
-                with suppress(_Stop):
+                with suppress(_Stop), evaluation_mode(model):
                     model(input_ids=batch.to(device), use_cache=False)
         finally:
             hook.remove()
@@ -239,7 +265,7 @@ class Stream:
             attention.forward = lambda *args, **kwargs: (last(next(kept)), None)
         try:
             for batch, kwargs in zip(self.hidden.split(self._size), self._arguments, strict=True):
-                with suppress(_Stop):
+                with suppress(_Stop), evaluation_mode(block):
                     output = block(batch, **kwargs)
                     if each is not None:
                         each(batch, output)

@@ -15,16 +15,15 @@ applied to a few hundred rows at a time, to the baseline's rows beside the model
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlm.arch import FAMILIES
-from qlm.calibrate import bos_rule, text_ids
+from qlm.calibrate import bos_rule, evaluation_mode, text_ids
 from qlm.errors import DataError, UsageError
 
 # Tokens in one forward pass by default. More gains nothing on a CPU; on a GPU the head's slices dominate the memory.
@@ -197,19 +196,6 @@ def _check_arguments(
         raise DataError(
             f"the text has the id {wrong}, and the model has {vocabulary}: the tokenizer is another model's"
         )
-
-
-@contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Dropout off inside; afterwards every module is in the mode it was in (they may differ inside one model)."""
-    training = [module for model in models for module in model.modules() if module.training]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _hidden_states(model: Any, batch: Tensor) -> Tensor:

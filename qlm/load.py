@@ -48,8 +48,10 @@ class Source:
             DataError: a value is NaN or infinite, or too large for `dtype`.
         """
         tensor = self.checkpoint.read(self.file_names[name])
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            where = (~tensor.isfinite()).nonzero()
+        # torch's isfinite does not know 8-bit floats.
+        values = tensor.float() if tensor.is_floating_point() and tensor.dtype not in FLOATS else tensor
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            where = (~values.isfinite()).nonzero()
             raise DataError(
                 f"{self.file_names[name]}: {len(where)} of {tensor.numel()} values are NaN or infinite, the first at "
                 f"{where[0].tolist()}; the checkpoint is damaged"

@@ -5,10 +5,12 @@ renamed into place. The same call after an interruption goes on from the last fi
 again through the finished ones, with the same operations on the same bytes, so that the result is the same to the last bit.
 """
 
+import ctypes
 import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from qlm.arch import FAMILIES, FamilySpec, LinearGroup
 from qlm.backends import BACKENDS, Backend, QuantizedLinear, Statistics
-from qlm.calibrate import Stream, Text, bos_rule, calibration_windows, read_text, window_length
+from qlm.calibrate import Stream, Text, bos_rule, calibration_windows, check_windows, read_text, window_length
 from qlm.checkpoint import manifest
 from qlm.checkpoint.files import PartialFolder, tidy
 from qlm.errors import UsageError
@@ -420,9 +422,12 @@ def _replay(
 
 
 def _empty(model: nn.Module, path: str) -> None:
-    """Give a block's memory back."""
+    """Give a block's memory back, to the system."""
     for name, parameter in list(model.get_submodule(path).named_parameters()):
         set_parameter(model, f"{path}.{name}", torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+    # glibc keeps freed tensors of up to 32 MB; without this its heap grew by a shard's size with every block.
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _write_descriptions(
@@ -506,13 +511,19 @@ def quantize_model(
         raise UsageError(f"model: {model_type!r}; expected a transformers model of {', '.join(FAMILIES)}")
     spec = FAMILIES[model_type]
     backend = BACKENDS[section.backend]
-    chosen = choose_settings(model, spec, section)
     blocks = block_paths(spec, model)
+    stages = stages_of(spec, model.config)
+    for name in (f"{path}.{linear}" for path in blocks for s in stages for group in s for linear in group.linears):
+        if type(model.get_submodule(name)) is not nn.Linear:
+            kind = type(model.get_submodule(name)).__name__
+            raise UsageError(f"model: {name} is a {kind}, no plain Linear: quantized already, or an adapter's")
+    chosen = choose_settings(model, spec, section)
     dtype = model.get_input_embeddings().weight.dtype
     stream: Stream | None = None
     if backend.needs_calibration:
         if calibration is None:
             raise UsageError("calibration: backend gptq needs token ids, int64 [samples, length]")
+        check_windows(calibration, spec, model.config)
         stream = Stream(model, spec, blocks[0], calibration, str(model.get_input_embeddings().weight.device))
     facts: dict[str, dict[str, Any]] = {}
     for index, path in enumerate(blocks):
@@ -522,7 +533,7 @@ def quantize_model(
         weights = {
             name: model.get_submodule(name).weight.data.clone() for name in chosen if name.startswith(f"{path}.")
         }
-        quantized = quantize_block(block, path, stages_of(spec, model.config), chosen, weights.__getitem__, stream)
+        quantized = quantize_block(block, path, stages, chosen, weights.__getitem__, stream)
         if stream is not None and index + 1 < len(blocks):
             stream.advance(block)
         for name, result in quantized.items():

@@ -203,7 +203,7 @@ class TestWindows:
         assert window_length(None, 64) == 64
         assert window_length(None, 1 << 20) == 2048
         assert window_length(33, 64) == 33
-        with pytest.raises(UsageError, match="length: 65 tokens, but the model has 64 positions"):
+        with pytest.raises(UsageError, match="length: windows of 65 tokens, but the model has 64 positions"):
             window_length(65, 64)
 
 

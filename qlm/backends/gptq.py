@@ -30,6 +30,9 @@ from qlm.numerics.packing import encode_zero_points, pack_rows
 from qlm.recipe import LinearSettings
 
 BITS = (2, 3, 4, 8)
+# Rules come from files; Python's matcher backtracks, without limit for a pattern such as (a+)+.
+LONGEST_RULE = 500
+REPEATED_GROUP = re.compile(r"[+*}?][^()]*\)[+*{]")
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,11 @@ class GptqBackend:
                 how = None
             for rule, changes in rules.items():
                 pattern = rule.removeprefix("+:").removeprefix("-:")
+                if len(pattern) > LONGEST_RULE or REPEATED_GROUP.search(pattern):
+                    raise DataError(
+                        f"quantization_config: dynamic rule {rule!r} is longer than {LONGEST_RULE} characters or repeats a "
+                        "group that repeats, which a regular expression can take for ever to match"
+                    )
                 try:
                     matches = re.match(pattern, name) is not None
                 except re.error as error:

@@ -219,7 +219,9 @@ class Nf4Backend:
         skipped = names_in(config, "llm_int8_skip_modules")
         double_quant = config.get("bnb_4bit_use_double_quant", False)
         if not isinstance(double_quant, bool):
-            raise DataError(f"quantization_config: bnb_4bit_use_double_quant is {double_quant!r}; expected true or false")
+            raise DataError(
+                f"quantization_config: bnb_4bit_use_double_quant is {double_quant!r}; expected true or false"
+            )
         how = Nf4Format(double_quant, dtype_name(dtype))
         return {
             name: how

@@ -95,9 +95,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def quantized(
-    folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], Path]:
+def quantized(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """From a variant and the inside of a recipe's `quantize` section to the folder that qlm makes of it; each is made once."""
     from qlm.quantize import quantize
 
@@ -110,7 +108,8 @@ def quantized(
         if (variant, section) not in made:
             calibration = f"calibration: {{data: {text}, samples: 16, length: 64}}\n" if "gptq" in section else ""
             recipe = parse_recipe(
-                f"model: {folders(variant)}\nquantize: {{{section}}}\n{calibration}output: {root / str(len(made))}\n", "test"
+                f"model: {folders(variant)}\nquantize: {{{section}}}\n{calibration}output: {root / str(len(made))}\n",
+                "test",
             )
             made[variant, section] = quantize(recipe).output
         return made[variant, section]

@@ -97,7 +97,9 @@ class TestBitsandbytes:
     @nested_or_not
     @variants
     def test_we_read_its_own(self, variant: str, double_quant: bool, folders: Folders, tmp_path: Path) -> None:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
+        )
         theirs = AutoModelForCausalLM.from_pretrained(folders(variant), dtype=torch.float16, quantization_config=config)
         theirs.save_pretrained(tmp_path)
         for parameter in theirs.parameters():
@@ -111,8 +113,12 @@ class TestBitsandbytes:
         assert difference(logits(ours), logits(theirs)) <= SAME
 
     @variants
-    def test_both_write_the_same_bytes(self, variant: str, quantized: Quantized, folders: Folders, tmp_path: Path) -> None:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", "project_in", "project_out"])
+    def test_both_write_the_same_bytes(
+        self, variant: str, quantized: Quantized, folders: Folders, tmp_path: Path
+    ) -> None:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", "project_in", "project_out"]
+        )
         theirs = AutoModelForCausalLM.from_pretrained(folders(variant), dtype=torch.float16, quantization_config=config)
         theirs.save_pretrained(tmp_path)
         expected = load_file(tmp_path / "model.safetensors")
@@ -141,7 +147,11 @@ def three_dimensional(model: nn.Module) -> None:
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if getattr(module, "quantization_scheme", None) is not None}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module, "quantization_scheme", None) is not None
+    }
 
 
 def same_linear_by_linear(ours: nn.Module, theirs: nn.Module) -> Tensor:
@@ -207,7 +217,9 @@ class TestCompressedTensors:
     def test_its_flattened_tokens_in_opt(self, quantized: Quantized) -> None:
         """Without the help above: one scale for all tokens of a batch in fc1 and fc2. If this fails, compressed-tensors has mended it."""
         folder = quantized("opt", "backend: int8")
-        found = difference(logits(load(folder)), logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)))
+        found = difference(
+            logits(load(folder)), logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        )
         assert INT8_TOLERANCE < found < 0.3
 
     @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -234,7 +246,9 @@ def gptq_folder(variant: str, folder: Path, bits: int, v2: bool, permuted: bool,
     group_size = 32
     for seed, (name, module) in enumerate(model.named_modules()):
         if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split(".")):
-            made, weight = written_elsewhere((module.out_features, module.in_features), bits, group_size, v2, permuted, seed)
+            made, weight = written_elsewhere(
+                (module.out_features, module.in_features), bits, group_size, v2, permuted, seed
+            )
             module.weight.data = weight.float()
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
@@ -267,7 +281,9 @@ class TestGptqFolders:
         expected = gptq_folder("neox-parallel-rotary-0.25", tmp_path, 4, False, False, head="lm_head.weight")
         assert difference(logits(load(tmp_path)), logits(expected)) <= GPTQ_TOLERANCE
 
-    @pytest.mark.parametrize("section", ["backend: gptq", "backend: gptq, bits: 3, order: act, group_size: 32, symmetric: false"])
+    @pytest.mark.parametrize(
+        "section", ["backend: gptq", "backend: gptq, bits: 3, order: act, group_size: 32, symmetric: false"]
+    )
     @variants
     def test_ours_is_its_dequantization(self, variant: str, section: str, quantized: Quantized) -> None:
         folder = quantized(variant, section)
@@ -282,7 +298,9 @@ class TestGptqFolders:
 
     @pytest.mark.parametrize("variant", tiny_models.FAMILIES)
     def test_overrides_and_skips(self, variant: str, quantized: Quantized) -> None:
-        last = {"opt": "*fc2", "neox-parallel-rotary-0.25": "*dense_4h_to_h", "bigcode-multi-query": "*mlp.c_proj"}[variant]
+        last = {"opt": "*fc2", "neox-parallel-rotary-0.25": "*dense_4h_to_h", "bigcode-multi-query": "*mlp.c_proj"}[
+            variant
+        ]
         section = f'backend: gptq, overrides: {{"{last}": {{bits: 8, group_size: 32}}}}, skip: ["*.0.*"]'
         model = load(quantized(variant, section))
         found = {name: module.bits for name, module in model.named_modules() if type(module).__name__ == "GptqLinear"}
@@ -353,7 +371,9 @@ def read_by_gptqmodel(quantized: Quantized, tmp_path_factory: pytest.TempPathFac
         shutil.copytree(quantized(variant, section), root / str(index))
     save_file({"ids": tiny_models.token_ids()}, root / "ids.safetensors")
     command = [python, "-c", GPTQMODEL_CODE, *(str(root / str(index)) for index in range(len(GPTQMODEL_CASES)))]
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, cwd=root)
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, cwd=root
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
     return root
 
@@ -365,7 +385,9 @@ def test_gptqmodel_reads_ours(index: int, read_by_gptqmodel: Path) -> None:
     failed = folder.with_suffix(".error")
     if "symmetric: false" in GPTQMODEL_CASES[index][1]:
         # It reads asymmetric v1 files of its own making only (GPTQModel 7.7.0 `models/loader.py`, MIN_VERSION_WITH_V2).
-        assert "sym=False model with format=FORMAT.GPTQ is only supported if produced by gptqmodel" in failed.read_text()
+        assert (
+            "sym=False model with format=FORMAT.GPTQ is only supported if produced by gptqmodel" in failed.read_text()
+        )
         return
     assert not failed.exists(), failed.read_text()[-2000:]
     found = difference(logits(load(folder)), load_file(folder.with_suffix(".safetensors"))["logits"])

@@ -181,7 +181,14 @@ def test_modules_in_block_to_quantize(inside: Any) -> None:
 
 
 def test_old_autogptq_file() -> None:
-    config = {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": True, "sym": False, "true_sequential": True}
+    config = {
+        "bits": 4,
+        "group_size": 128,
+        "damp_percent": 0.01,
+        "desc_act": True,
+        "sym": False,
+        "true_sequential": True,
+    }
     assert backend_of(config) is BACKENDS["gptq"]
     assert backend.read(config, LINEARS, torch.float16) == dict.fromkeys(INSIDE, GptqFormat(4, 128, False, True))
 
@@ -201,3 +208,10 @@ def test_other_configs_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="quantization_config") as caught:
         backend.read(config, LINEARS, torch.float16)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", [r"+:^(a+)+$", r"-:(model\.|layers\.)*.*(x*y*)*z", "+:" + "a?" * 300])
+def test_a_rule_that_could_backtrack_for_ever_is_refused(rule):
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {rule: {"bits": 8}}}
+    with pytest.raises(DataError, match="repeats a group that repeats|longer than"):
+        GptqBackend().read(config, ["model.decoder.layers.0." + "a" * 40], torch.float16)

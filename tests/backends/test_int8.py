@@ -28,7 +28,11 @@ def emulated(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, symmetric: 
         else:
             step = (torch.tensor(high) - torch.tensor(low)) / 255
             zero = int(torch.clamp(-128 - torch.tensor(low) / step, -128, 127).round()) if step > 0 else 0
-        q = torch.clamp(token / step + zero, -128, 127).round().long() if step > 0 else torch.zeros(len(token), dtype=torch.int64)
+        q = (
+            torch.clamp(token / step + zero, -128, 127).round().long()
+            if step > 0
+            else torch.zeros(len(token), dtype=torch.int64)
+        )
         for o, row in enumerate(weight.long()):
             total = int(((q - zero) * row).sum())
             out[t, o] = total * float(step) * float(scale[o]) + float(bias[o])
@@ -44,9 +48,18 @@ def test_from_weight_to_output(dtype: torch.dtype, symmetric: bool) -> None:
     check_layout("int8", made.tensors, SHAPE, how)
     back = backend.dequantize(made.tensors, SHAPE, how)
     assert ((back - weight.float()).abs() <= made.tensors["weight_scale"] * 0.5001).all()
-    assert made.facts["relative_error"] == pytest.approx(((back - weight.float()).norm() / weight.float().norm()).item())
+    assert made.facts["relative_error"] == pytest.approx(
+        ((back - weight.float()).norm() / weight.float().norm()).item()
+    )
     module = backend.module(made.tensors, bias, SHAPE, how, torch.float32).eval()
-    x = torch.cat([random(6, SHAPE[1], seed=2) + 0.3, torch.zeros(1, SHAPE[1]), random(1, SHAPE[1]).abs(), -random(1, SHAPE[1]).abs()])
+    x = torch.cat(
+        [
+            random(6, SHAPE[1], seed=2) + 0.3,
+            torch.zeros(1, SHAPE[1]),
+            random(1, SHAPE[1]).abs(),
+            -random(1, SHAPE[1]).abs(),
+        ]
+    )
     expected = emulated(x, made.tensors["weight"], made.tensors["weight_scale"], bias, symmetric)
     assert ((module(x).double() - expected).abs().max() / expected.abs().max()) < TOLERANCE
     check_gradients(module, back, SHAPE[1])
@@ -61,7 +74,11 @@ def test_state_dict_is_the_file() -> None:
         assert torch.equal(state[name], tensor)
         assert state[name].dtype == tensor.dtype
     module.to(torch.bfloat16)
-    assert (module.weight.dtype, module.weight_scale.dtype, module.row_sum.dtype) == (torch.int8, torch.float32, torch.int32)
+    assert (module.weight.dtype, module.weight_scale.dtype, module.row_sum.dtype) == (
+        torch.int8,
+        torch.float32,
+        torch.int32,
+    )
     assert module.bias.dtype == torch.bfloat16
     assert torch.equal(module.weight_scale, made.tensors["weight_scale"])
     assert module(random(2, SHAPE[1]).bfloat16()).dtype == torch.bfloat16

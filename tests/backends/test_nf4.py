@@ -145,7 +145,9 @@ def test_broken_states_are_refused(change: dict[str, Any]) -> None:
         backend.module(tensors, None, SHAPE, Nf4Format(True, "float32"), torch.float32)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b" " * 5000 + b"{}", b"[" * 4000], ids=lambda r: repr(r[:5]))
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b" " * 5000 + b"{}", b"[" * 4000], ids=lambda r: repr(r[:5])
+)
 def test_states_that_are_no_json_objects(raw: bytes) -> None:
     with pytest.raises(DataError, match="not a bitsandbytes quantization state"):
         unpack_state(torch.tensor(list(raw), dtype=torch.uint8))
@@ -159,7 +161,13 @@ def test_other_tables_are_refused() -> None:
             backend.module(tensors, None, SHAPE, Nf4Format(True, "float32"), torch.float32)
 
 
-LINEARS = ["model.decoder.project_in", "model.decoder.layers.0.fc1", "model.decoder.layers.1.fc1", "model.decoder.layers.11.fc1", "lm_head"]
+LINEARS = [
+    "model.decoder.project_in",
+    "model.decoder.layers.0.fc1",
+    "model.decoder.layers.1.fc1",
+    "model.decoder.layers.11.fc1",
+    "lm_head",
+]
 
 
 @nested_or_not

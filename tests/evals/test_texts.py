@@ -11,7 +11,12 @@ import pytest
 from qlm.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = ("calibration_data/english.txt", "calibration_data/python.txt", "evals/texts/english.txt", "evals/texts/python.txt")
+TEXTS = (
+    "calibration_data/english.txt",
+    "calibration_data/python.txt",
+    "evals/texts/english.txt",
+    "evals/texts/python.txt",
+)
 CHECKPOINTS = {"tiny-opt": "english", "tiny-gpt-neox": "english", "tiny-gpt-bigcode": "python"}
 # Shorter paragraphs (a heading, a "versionadded", an import list) are the same in many files.
 PASSAGE = 200
@@ -22,7 +27,9 @@ LARGEST = {"calibration_data": 1_000_000, "evals": 500_000}
 def table() -> dict[str, list[str]]:
     """Rows of the README's table of texts: path to the other cells."""
     readme = (ROOT / "calibration_data" / "README.md").read_text("utf-8")
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in readme.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in readme.splitlines() if line[:1] == "|"
+    ]
     return {cells[0]: cells[1:] for cells in rows if cells[0] in TEXTS}
 
 

@@ -78,7 +78,9 @@ class TestMinmax:
         code = torch.round(largest / scale) + zero
         # The end code, whatever the element's sign; the scale's rounding is the whole error.
         assert (code == 0).all()
-        assert ((dequantized(largest[None], scale, zero, bits)[0] - largest).abs() / largest.abs()).max() <= FP16_ROUNDING
+        assert (
+            (dequantized(largest[None], scale, zero, bits)[0] - largest).abs() / largest.abs()
+        ).max() <= FP16_ROUNDING
 
     @all_bits
     def test_symmetric_grid_is_exact_for_fp16_multiples(self, bits: int) -> None:
@@ -214,9 +216,9 @@ class TestInt8:
         assert (scale > 0).all()
         back = codes.double() * scale.double()
         smallest = torch.finfo(torch.float32).tiny * 127
-        assert ((back - weight.double()).abs() <= torch.maximum(scale.double() * 0.50001, torch.tensor(smallest))).all() or (
-            size < smallest
-        )
+        assert (
+            (back - weight.double()).abs() <= torch.maximum(scale.double() * 0.50001, torch.tensor(smallest))
+        ).all() or (size < smallest)
         assert (back.abs() <= weight.abs().amax(1, keepdim=True).double() * (1 + 1e-6)).all()
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -43,7 +43,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def correlated_inputs(tokens: int, inputs: int, seed: int = 0) -> Tensor:
     """Activations as they are: correlated, of different sizes, with a few large ones."""
-    x = random(tokens, inputs, seed=seed) @ (random(inputs, inputs, seed=seed + 1) * 0.5 / math.sqrt(inputs) + torch.eye(inputs))
+    x = random(tokens, inputs, seed=seed) @ (
+        random(inputs, inputs, seed=seed + 1) * 0.5 / math.sqrt(inputs) + torch.eye(inputs)
+    )
     return x * (1 + 3 * random(inputs, seed=seed + 2).abs() ** 3)
 
 
@@ -82,7 +84,9 @@ def minmax_in_float64(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
     return scale, -low / scale
 
 
-def follow_oracle(weight: Tensor, hessian: Tensor, order: Tensor, bits: int, group_size: int, symmetric: bool, got: GptqResult) -> int:
+def follow_oracle(
+    weight: Tensor, hessian: Tensor, order: Tensor, bits: int, group_size: int, symmetric: bool, got: GptqResult
+) -> int:
     """The paper's method as plainly as can be, in float64: one column at a time; after each, the others are updated by its row of the
     inverse Hessian, and the column is removed from the inverse by one step of Gaussian elimination (equation 3 of the paper).
 
@@ -138,7 +142,9 @@ class TestOracle:
         expected = true_error(weight, result, damped(H, 0.01))
         assert result.error == pytest.approx(expected, rel=ERROR_TOLERANCE)
 
-    @pytest.mark.parametrize(("inputs", "group_size"), [(96, 96), (192, 96), (160, 32), (320, 64), (300, 300), (384, 128), (8, 8)])
+    @pytest.mark.parametrize(
+        ("inputs", "group_size"), [(96, 96), (192, 96), (160, 32), (320, 64), (300, 300), (384, 128), (8, 8)]
+    )
     def test_awkward_shapes(self, inputs: int, group_size: int) -> None:
         weight, H = random(5, inputs), hessian_of(correlated_inputs(2 * inputs, inputs))
         columns = column_order(H.diagonal(), "gar", group_size)
@@ -156,7 +162,9 @@ class TestOracle:
         inputs, group_size = shape
         weight, H = random(outputs, inputs, seed=seed), hessian_of(correlated_inputs(2 * inputs, inputs, seed))
         columns = column_order(H.diagonal(), order, group_size)
-        result = gptq(weight, factorize(H, columns, damp), bits=bits, group_size=group_size, symmetric=symmetric, search=False)
+        result = gptq(
+            weight, factorize(H, columns, damp), bits=bits, group_size=group_size, symmetric=symmetric, search=False
+        )
         follow_oracle(weight, damped(H, damp), columns, bits, group_size, symmetric, result)
         assert result.error == pytest.approx(true_error(weight, result, damped(H, damp)), rel=ERROR_TOLERANCE)
 
@@ -194,13 +202,17 @@ class TestProperties:
         nearest = gptq(weight, unit_factor(256), **common, search=False)
         # At 2 bits a min-max grid clips the positive side at half the negative one's, and what the repair adds may fall outside.
         limit = 1.25 if bits == 2 and not search else 0.95
-        assert gptq(weight, factor, **common, search=search).error < limit * true_error(weight, nearest, damped(H, 0.01))
+        assert gptq(weight, factor, **common, search=search).error < limit * true_error(
+            weight, nearest, damped(H, 0.01)
+        )
 
     @pytest.mark.parametrize("bits", [2, 3, 4])
     def test_search_is_worth_it(self, bits: int) -> None:
         weight, H = random(64, 256), hessian_of(correlated_inputs(1024, 256))
         factor = factorize(H, column_order(H.diagonal(), "gar", 64), 0.01)
-        plain, found = (gptq(weight, factor, bits=bits, group_size=64, symmetric=True, search=s).error for s in (False, True))
+        plain, found = (
+            gptq(weight, factor, bits=bits, group_size=64, symmetric=True, search=s).error for s in (False, True)
+        )
         assert found < plain
 
     @pytest.mark.parametrize("order", ORDERS)
@@ -247,7 +259,9 @@ class TestProperties:
         factor = factorize(H, column_order(H.diagonal().flip(0), "act", 32), 0.01)
         result = gptq(random(8, 128), factor, bits=4, group_size=32, symmetric=True, search=False)
         assert torch.equal(result.g_idx, (torch.arange(128) // 32).int())
-        assert ((random(8, 128).double() - dequantized(result)).abs() <= result.scale.abs().double()[:, result.g_idx.long()]).all()
+        assert (
+            (random(8, 128).double() - dequantized(result)).abs() <= result.scale.abs().double()[:, result.g_idx.long()]
+        ).all()
 
     def test_act_order_stores_a_permutation(self) -> None:
         H = hessian_of(correlated_inputs(512, 128))
@@ -261,7 +275,9 @@ class TestProperties:
 class TestColumnOrder:
     @settings(max_examples=40, deadline=None)
     @given(st.integers(1, 6), st.sampled_from([8, 32]), st.sampled_from(ORDERS), st.integers(0, 1000), st.booleans())
-    def test_is_a_permutation_with_its_property(self, groups: int, group_size: int, order: str, seed: int, ties: bool) -> None:
+    def test_is_a_permutation_with_its_property(
+        self, groups: int, group_size: int, order: str, seed: int, ties: bool
+    ) -> None:
         diagonal = random(groups * group_size, seed=seed).abs()
         if ties:
             diagonal = (diagonal * 2).round()
@@ -487,14 +503,20 @@ class TestBackend:
     def test_stored_tensors_are_the_solvers(self, bits: int, order: str, symmetric: bool) -> None:
         weights = {"q": random(32, 128), "k": random(64, 128, seed=1)}
         H = hessian_of(correlated_inputs(256, 128))
-        made = self.backend.quantize(weights, Statistics(H, 256), self.settings(bits=bits, order=order, symmetric=symmetric))
+        made = self.backend.quantize(
+            weights, Statistics(H, 256), self.settings(bits=bits, order=order, symmetric=symmetric)
+        )
         factor = factorize(H, column_order(H.diagonal(), order, 32), 0.01)
-        result = gptq(torch.cat([*weights.values()]), factor, bits=bits, group_size=32, symmetric=symmetric, search=True)
+        result = gptq(
+            torch.cat([*weights.values()]), factor, bits=bits, group_size=32, symmetric=symmetric, search=True
+        )
         stored = [
             self.backend.dequantize(m.tensors, (w.shape[0], w.shape[1]), GptqFormat(bits, 32, symmetric))
             for m, w in zip(made, weights.values(), strict=True)
         ]
         # scale * (code - zero point) is one rounding in float32.
         assert torch.equal(torch.cat(stored), dequantized(result).float())
-        assert made[0].facts["relative_error"] == pytest.approx(result.error / weighted_norm(torch.cat([*weights.values()]), factor))
+        assert made[0].facts["relative_error"] == pytest.approx(
+            result.error / weighted_norm(torch.cat([*weights.values()]), factor)
+        )
         assert made[0].facts["damp"] == 0.01

@@ -1,0 +1,135 @@
+"""The drivers in evals/ run: small shapes, on the CPU, each as the command that its README gives."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny_models
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 600
+
+
+def run(driver: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "evals" / f"{driver}.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("OUT", None)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> Any:
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_gpu_check_on_the_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "gpu_check.json"
+    summary = last_line(run("gpu_check", "--device", "cpu", "--out", out))
+    report = json.loads(out.read_text())
+    assert report["summary"] == summary
+    assert summary["failed"] == 0
+    assert summary["checks"] == len(report["checks"]) == summary["ok"] + summary["not_run"]
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
+    for check in report["checks"]:
+        if check["ok"] is None:
+            assert check["not_run"].startswith("not run: ")
+        else:
+            assert check["max_difference"] <= check["tolerance"]
+            assert check["seconds"] >= 0
+            assert check["peak_mib"] > 0
+    ran = {check["name"] for check in report["checks"] if check["ok"]}
+    for part in (
+        "op int8",
+        "op gptq",
+        "op nf4",
+        "module gptq-4bit",
+        "float eager",
+        "sequence-classification",
+        "quantize opt gptq",
+    ):
+        assert any(part in name for name in ran), part
+
+
+def test_gpu_check_finds_a_difference() -> None:
+    """A check that would pass whatever a device computes is none."""
+    code = (
+        "import gpu_check as g, torch\n"
+        "good = torch.randn(8, 8)\n"
+        "bad = good.clone(); bad[3, 3] = float('nan')\n"
+        "assert g.difference(good, good) == 0\n"
+        "assert g.difference(bad, good) == float('inf')\n"
+        "assert g.difference(good[:4], good) == float('inf')\n"
+        "wrong = g.check_layer(lambda x, place: x * (2.01 if x.dtype == torch.float32 else 2), 4, 3, 'bfloat16', 'cpu', 1e-3)\n"
+        "assert wrong.difference > wrong.tolerance\n"
+        "def broken():\n    raise RuntimeError('an illegal memory access\\nand more')\n"
+        "row = g.run_check(('name', broken), 'cpu')\n"
+        "assert row['ok'] is False and row['error'] == 'RuntimeError: an illegal memory access', row\n"
+        "row = g.run_check(('name', lambda: g.Result(float('inf'), 1.0)), 'cpu')\n"
+        "assert row['ok'] is False and row['max_difference'] is None, row\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "evals", timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
+    done = run("gpu_check", "--out", tmp_path / "none.json")
+    assert done.returncode == 69
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "no CUDA GPU" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_of_quantizing(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "results"
+    few = ("--samples", "4", "--length", "64", "--only-memory")
+    report = last_line(run("quantize_speed", "tiny", *few, "--work", work, "--out", out))
+    assert report["checkpoint_bytes"] == (work / "tiny" / "model.safetensors").stat().st_size
+    assert report["qlm"]["peak_rss_bytes"] > report["checkpoint_bytes"]
+    assert report["peak_over_checkpoint"] == pytest.approx(
+        report["qlm"]["peak_rss_bytes"] / report["checkpoint_bytes"], rel=1e-3
+    )
+    assert (out / "quantize_speed-memory-tiny.json").is_file()
+
+
+def test_quantize_speed_beside_a_peer(tmp_path: Path) -> None:
+    """With a peer that prints what GPTQModel's script does."""
+    peer, results = tmp_path / "python", tmp_path / "results"
+    line = '{"seconds": 8, "quantize_seconds": 4, "peak_rss_bytes": 1048576, "imports_rss_bytes": 1}'
+    peer.write_text(f"#!/bin/sh\necho noise\necho '{line}'\n")
+    peer.chmod(0o755)
+    few = ("--samples", "4", "--length", "64", "--repeats", "1")
+    report = last_line(run("quantize_speed", "tiny", *few, "--peer-python", peer, "--out", results))
+    assert report["qlm"]["seconds"] > 0
+    assert report["time_ratio"] == pytest.approx(report["qlm"]["seconds"] / 8, abs=1e-3)
+    assert report["time_ratio_to_peers_quantize_alone"] == pytest.approx(report["qlm"]["seconds"] / 4, abs=1e-3)
+    assert len(json.loads((results / "quantize_speed-gptq-tiny.json").read_text())["runs"]["peer"]) == 1
+
+
+def test_equivalence(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    tiny_models.build("neox-parallel-rotary-0.25").save_pretrained(folder)
+    code = "import sys; from pathlib import Path; from shared import write_byte_tokenizer as w; w(Path(sys.argv[1]), int(sys.argv[2]), False)"
+    command = [sys.executable, "-c", code, str(folder), str(tiny_models.VOCABULARY)]
+    subprocess.run(command, check=True, cwd=ROOT / "evals", timeout=SECONDS)
+    out = tmp_path / "equivalence.json"
+    report = last_line(
+        run("equivalence", "--checkpoints", folder, tmp_path / "missing", "--windows", "2", "--out", out)
+    )
+    rows = {(row["backend"], row["other"]): row for row in report["rows"]}
+    assert len(rows) == 7
+    assert report["left_out"] == ["tiny gptq 4-bit: no --gptqmodel-python", "missing: no model.safetensors there"]
+    for backend in ("nf4", "nf4 double"):
+        assert rows[backend, "bitsandbytes, float32, no repacking"]["largest_logit_difference"] == 0
+    assert rows["int8", "compressed-tensors, as it is"]["worst_linear"] < 1e-5
+    assert json.loads(out.read_text())["rows"] == report["rows"]
