@@ -4,6 +4,7 @@ Results go to stdout, progress and errors to stderr. Heavy imports wait for the 
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,6 @@ from qlm.errors import QlmError, UsageError, printable
 app = typer.Typer(
     name="qlm",
     help="Quantize, evaluate and run OPT, GPT-NeoX and GPTBigCode models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -277,8 +277,11 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def _fail(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"qlm: {message}\n")
     sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(code)
     # Not sys.exit: threads of torch and of the tokenizers may be at work, and nothing is left to clean up.
-    sys.stdout.flush()
     if code in (130, 143):
         os._exit(code)
     sys.exit(code)
@@ -288,6 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Ends with an exit code of the table in errors.py."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    continues = "; the same command continues" if arguments[:1] == ["quantize"] else ""
     command = typer.main.get_command(app)
     signal.signal(signal.SIGTERM, _terminate)
     # Warnings of libraries are no part of what a user asked for; what matters is an error here.
@@ -295,30 +299,38 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    # It advises every user of a CPU to install a package that qlm makes no use of.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if not arguments:
+            arguments = ["--help"]
         code = command.main(args=arguments, prog_name="qlm", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # typer turns Ctrl-C into this code
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
+    except SystemExit as ended:
+        # typer and rich end the process themselves when nobody reads stdout any more (`qlm ... | head`).
+        if isinstance(ended.__context__, BrokenPipeError):
+            os._exit(0)
+        raise
     except QlmError as error:
         if debug:
             traceback.print_exc()
         _fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command continues", 130)
+        _fail(f"interrupted{continues}", 130)
     except _Terminated:
-        _fail("terminated; the same command continues", 143)
+        _fail(f"terminated{continues}", 143)
     except BrokenPipeError:
         os._exit(0)
     except MemoryError:
         _fail("error: out of memory; `qlm plan` says how much a recipe needs", 69)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own: a wrong option or argument
-            message = error.format_message()
-            if not message:  # no arguments at all: the help has been printed
-                sys.exit(0)
-            _fail(f"error: {printable(message)}; see qlm --help", 2)
+            _fail(f"error: {printable(error.format_message().rstrip('.'))}; see qlm --help", 2)
         if type(error).__name__ == "Abort":
-            _fail("interrupted; the same command continues", 130)
+            _fail(f"interrupted{continues}", 130)
         if debug:
             traceback.print_exc()
         _fail(

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from qlm.evaluate import Evaluation
-from qlm.load import in_block, linear_paths, open_source
+from qlm.load import block_paths, in_block, linear_paths, open_source
 from qlm.quantize import QuantizeResult
 
 # A plain line this often where there is no terminal to draw a bar on.
@@ -100,11 +100,11 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str) -> Iterator["Steps"]:
@@ -113,7 +113,7 @@ class Reporter:
             yield Steps(None, self.console, title, silent=True)
         elif self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(), TimeRemainingColumn(),
             )  # fmt: skip
             with Progress(*columns, console=self.console, transient=True) as bars:
@@ -148,7 +148,8 @@ class Steps:
         elif now - self.last_line >= PLAIN_SECONDS and total > 1:
             self.last_line = now
             left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
-            self.console.print(f"{self.title}: {what} {done}/{total}{', ' + rate if rate else ''}{left}", markup=False)
+            line = f"{self.title}: {what} {done}/{total}{', ' + rate if rate else ''}{left}"
+            self.console.print(line, soft_wrap=True)
 
 
 def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -182,8 +183,11 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
             parts["embeddings and head"] += size
         else:
             parts["norms, biases and positions"] += size
+    first = block_paths(source.spec, empty)[0]
     weights = sum(empty.get_submodule(path).weight.numel() for path in quantized)
     config = source.config
+    # In a skeleton on the meta device a tied head is a parameter of its own.
+    tied = f"{source.spec.head}.weight" if config.tie_word_embeddings else None
     return {
         "family": source.spec.model_type,
         "layers": getattr(config, source.spec.layers),
@@ -191,11 +195,13 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
         "heads": config.num_attention_heads,
         "vocabulary": config.vocab_size,
         "positions": getattr(config, source.spec.positions),
-        "parameters": sum(p.numel() for p in {id(p): p for p in empty.parameters()}.values()),
+        "parameters": sum(p.numel() for name, p in empty.named_parameters() if name != tied),
         "dtype": str(source.dtype).removeprefix("torch."),
         "backend": source.backend.name if source.backend is not None else "none (float)",
         "quantized_linears": len(quantized),
         "linears": len(linears),
+        # What the globs of a recipe match.
+        "first_block": [path for path in linear_paths(empty) if path.startswith(f"{first}.")],
         "bits_per_weight": 8 * sum(quantized.values()) / weights if weights else 8.0 * source.dtype.itemsize,
         "bos": f"{source.spec.bos_id} at the start of every text" if source.spec.bos_first else "none",
         "bytes": sum(sizes.values()),
@@ -216,23 +222,29 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
 
-    def add(values: Mapping[str, Any], indent: str) -> None:
+    def add(values: Mapping[str, Any], indent: str, are_bytes: bool) -> None:
         for name, value in values.items():
-            shown = name.replace("_", " ") if not indent else name
+            # Names of files and parts stay as they are.
+            shown = name.replace("_", " ") if not indent and name.isidentifier() else name
+            is_bytes = are_bytes or any(word in name for word in ("bytes", "memory", "disk"))
             if isinstance(value, Mapping):
                 table.add_row(indent + shown, "")
-                add(value, indent + "  ")
+                # A recipe's path may hold any word; the names of parts say nothing of their unit.
+                add(value, indent + "  ", name.startswith("bytes_"))
             elif isinstance(value, float):
                 table.add_row(indent + shown, f"{value:.6g}")
-            elif isinstance(value, int) and ("bytes" in name or "memory" in name or "disk" in name or indent):
+            elif isinstance(value, int) and is_bytes:
                 table.add_row(indent + shown, megabytes(value))
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                table.add_row(indent + shown, "\n".join(map(str, value)))
             else:
                 table.add_row(indent + shown, str(value))
 
-    add(facts, "")
+    add(facts, "", False)
     return table
 
 
 def output_console() -> Console:
     """Results go to stdout. Where that is no terminal, tables keep their full width."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    # Names of files and models are no markup.
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)

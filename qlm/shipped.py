@@ -1,5 +1,6 @@
 """The recipes that come with qlm: in the package when it was installed, beside it in a clone."""
 
+import os
 from pathlib import Path
 
 from qlm.checkpoint.files import write_file
@@ -34,7 +35,7 @@ def copy_recipe(name: str, to: Path) -> Path:
             f"no recipe {name!r}; `qlm recipes` lists them" + (f"; did you mean {close[0]}?" if close else "")
         )
     target = to / f"{name.replace('/', '-')}.yaml" if to.is_dir() else to
-    if target.exists():
+    if os.path.lexists(target):
         raise CannotCreate(f"{target}: exists already; give another name")
     write_file(target, (_folder() / f"{name}.yaml").read_bytes())
     return target
