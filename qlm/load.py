@@ -172,7 +172,7 @@ def open_source(
         file_names[name] = _file_name(spec, name, task, checkpoint, base_only)
         expected[file_names[name]] = (shape, dtypes)
 
-    tied = set(_tied_names(spec, config, task))
+    tied = set(tied_names(spec, config, task))
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         path = name.rpartition(".")[0]
         if path in scheme and name.endswith(".weight"):
@@ -218,13 +218,14 @@ def _read_scheme(
     return backend, {path.removeprefix(within): how for path, how in scheme.items()}
 
 
-def _tied_names(spec: FamilySpec, config: Any, task: Task) -> list[str]:
+def tied_names(spec: FamilySpec, config: Any, task: Task) -> list[str]:
+    """Names of the parameters that are the embedding under another name."""
     return [f"{spec.head}.weight"] if task == "causal-lm" and config.tie_word_embeddings else []
 
 
 def _check_tied_head(source: Source, task: Task) -> None:
     """Some files repeat the tied head. If the copies differ, either reading is wrong for somebody."""
-    for name in _tied_names(source.spec, source.config, task):
+    for name in tied_names(source.spec, source.config, task):
         if source.file_names[name] in source.checkpoint.tensors:
             embedding = f"{source.spec.prefix}.{source.spec.embedding}.weight"
             if not torch.equal(source.read(name), source.read(embedding)):
@@ -277,7 +278,7 @@ def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def tie_head(model: Any, source: Source, task: Task) -> None:
     """Make the head the embedding, where the config says so."""
-    for name in _tied_names(source.spec, source.config, task):
+    for name in tied_names(source.spec, source.config, task):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = model.get_input_embeddings().weight
 

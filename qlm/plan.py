@@ -4,6 +4,7 @@ The figures are estimates from shapes. Memory and disk are counted tensor by ten
 side; time comes from a matrix product timed here and now, and is good to a factor of two.
 """
 
+import math
 import os
 import shutil
 import time
@@ -17,7 +18,7 @@ import torch
 from qlm.backends import BACKENDS
 from qlm.calibrate import BATCH_TOKENS, window_length
 from qlm.errors import CannotCreate, Unavailable, UsageError
-from qlm.load import block_paths, open_source
+from qlm.load import block_paths, open_source, tied_names
 from qlm.quantize import calibration_dtype, choose_settings, stages_of
 from qlm.recipe import Recipe
 
@@ -106,8 +107,9 @@ def plan(recipe: Recipe) -> Plan:
     backend = BACKENDS[recipe.quantize.backend]
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     blocks = block_paths(source.spec, model)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    numel = {name: p.numel() for name, p in model.named_parameters()}
+    tied = tied_names(source.spec, source.config, recipe.task)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
+    numel = {name: math.prod(shape) for name, shape in shapes.items()}
 
     stored = {}
     for name in numel:
@@ -117,7 +119,7 @@ def plan(recipe: Recipe) -> Plan:
             layout = backend.layout((rows, columns), backend.format(chosen[path], dtype))
             # A size that the layout leaves open belongs to a tensor of a few hundred bytes.
             stored[name] = sum(
-                _product([512 if size < 0 else size for size in item.shape]) * min(d.itemsize for d in item.dtypes)
+                math.prod(512 if size < 0 else size for size in item.shape) * min(d.itemsize for d in item.dtypes)
                 for item in layout.values()
             )
         else:
@@ -153,13 +155,6 @@ def plan(recipe: Recipe) -> Plan:
         quantize_seconds=round(quantize_seconds, 1),
         evaluate_seconds=round(evaluate_seconds, 1),
     )
-
-
-def _product(sizes: list[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _positions(source: Any) -> int:

@@ -350,7 +350,7 @@ class LinearSettings:
 
 
 def settings_for(quantize: QuantizeRecipe, name: str) -> LinearSettings | None:
-    """The settings of the linear at module path `name` (`decoder.layers.0.fc1`), or None where it is skipped.
+    """The settings of the linear at module path `name` (`model.decoder.layers.0.fc1`), or None where it is skipped.
 
     A glob matches the whole path, and `*` matches dots too. `skip` is read first, then the overrides from top to
     bottom; each key takes the last value said.

@@ -57,6 +57,64 @@ def quantized(folder_of: Folder, text_file: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
+def allows(node: Any, value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a JSON Schema allows a value; the keywords that `json_schema` uses, and no others."""
+    if isinstance(node, bool):
+        return node
+    kinds = {
+        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)
+    }  # fmt: skip
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+
+    def holds(word: str, rule: Any) -> bool:
+        match word:
+            case "$ref":
+                return allows(schema["$defs"][rule.rpartition("/")[2]], value, schema)
+            case "type":
+                return isinstance(value, kinds[rule]) and (rule == "boolean" or not isinstance(value, bool))
+            case "enum":
+                return any(value == choice and type(value) is type(choice) for choice in rule)
+            case "const":
+                return bool(value == rule)
+            case "anyOf":
+                return any(allows(option, value, schema) for option in rule)
+            case "oneOf":
+                return sum(allows(option, value, schema) for option in rule) == 1
+            case "allOf":
+                return all(allows(option, value, schema) for option in rule)
+            case "if":
+                return not allows(rule, value, schema) or allows(node["then"], value, schema)
+            case "required":
+                return not isinstance(value, dict) or set(rule) <= value.keys()
+            case "properties":
+                return not isinstance(value, dict) or all(
+                    allows(rule[k], v, schema) for k, v in value.items() if k in rule
+                )
+            case "additionalProperties":
+                known = node.get("properties", {})
+                return not isinstance(value, dict) or all(
+                    allows(rule, v, schema) for k, v in value.items() if k not in known
+                )
+            case "propertyNames":
+                return not isinstance(value, dict) or all(allows(rule, key, schema) for key in value)
+            case "items":
+                return not isinstance(value, list) or all(allows(rule, item, schema) for item in value)
+            case "minimum" | "maximum" | "exclusiveMinimum":
+                good = {
+                    "minimum": lambda: value >= rule,
+                    "maximum": lambda: value <= rule,
+                    "exclusiveMinimum": lambda: value > rule,
+                }
+                return not number or bool(good[word]())
+            case "minLength" | "maxLength" | "minItems" | "maxItems" | "maxProperties":
+                kind = {"L": str, "I": list, "P": dict}[word[3]]
+                return not isinstance(value, kind) or (len(value) >= rule if word[:3] == "min" else len(value) <= rule)
+        assert word in ("$schema", "$defs", "title", "description", "default", "then"), word
+        return True
+
+    return all(holds(word, rule) for word, rule in node.items())
+
+
 class TestQuantize:
     def test_table_notes_and_json(
         self, cli: Cli, folder_of: Folder, recipe_file: RecipeFile, text_file: Path, tmp_path: Path
@@ -109,11 +167,8 @@ class TestQuantize:
         assert cli("quantize", recipe)[0] == 0
         before = files_of(tmp_path / "o")
         code, _, err = cli("quantize", recipe)
-        if code == 0:
-            assert "(2 blocks were there already)" in err
-        else:
-            assert code == 73
-            assert "--force" in err
+        assert code == 0
+        assert "(2 blocks were there already)" in err
         assert files_of(tmp_path / "o") == before
         code, _, err = cli("quantize", recipe, "--force")
         assert code == 0
@@ -325,6 +380,36 @@ class TestSmallCommands:
         code, out, err = cli("schema")
         assert (code, err) == (0, "")
         assert json.loads(out) == json_schema()
+
+    def test_schema_agrees_with_the_reader(self, recipe_file: RecipeFile) -> None:
+        from ruamel.yaml import YAML
+
+        schema, yaml = json_schema(), YAML(typ="safe", pure=True)
+        shipped = sorted((ROOT / "recipes").rglob("*.yaml"))
+        assert len(shipped) >= 57
+        for path in shipped:
+            assert allows(schema, yaml.load(path), schema), path
+        good = {"model": "m", "quantize": {"backend": "gptq"}, "calibration": {"data": "a.txt"}, "output": "o"}
+        assert allows(schema, good, schema)
+        for section, key, value in (
+            ("quantize", "bits", 5), ("quantize", "bits", "4"), ("quantize", "group_size", 48), ("quantize", "damp", 0),
+            ("quantize", "double_quant", True), ("quantize", "Bits", 4), ("quantize", "backend", "awq"),
+            ("quantize", "overrides", {"*": {"bit": 4}}), ("calibration", "samples", 0), ("calibration", "seed", -1),
+            ("calibration", "data", 7), ("calibration", "data", {"name": "a/b"}),
+        ):  # fmt: skip
+            wrong = {**good, section: {**good[section], key: value}}  # type: ignore[dict-item]
+            assert not allows(schema, wrong, schema), (section, key, value)
+        assert not allows(schema, {key: value for key, value in good.items() if key != "output"}, schema)
+        assert not allows(schema, {**good, "comment": "x"}, schema)
+
+    def test_inspect_lists_what_globs_match(
+        self, cli: Cli, folder_of: Folder, recipe_file: RecipeFile, tmp_path: Path
+    ) -> None:
+        for variant in FAMILIES:
+            paths = json.loads(cli("inspect", folder_of(variant), "--json", "-")[1])["first_block"]
+            assert len(paths) in (4, 6)
+            recipe = recipe_file(folder_of(variant), tmp_path / "o", "int8", skip=paths)
+            assert json.loads(cli("plan", recipe, "--json", "-")[1])["linears"] == len(paths)
 
     def test_recipes(self, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         code, out, _ = cli("recipes")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import qlm
 from qlm.arch import FAMILIES as SPECS
+from qlm.arch import FamilySpec
 from qlm.calibrate import calibration_windows, read_text
 from qlm.checkpoint import manifest
 from qlm.errors import CannotCreate, DataError, UsageError
@@ -38,6 +39,10 @@ def recipe(text_file: Path) -> Callable[..., Recipe]:
         return parse_recipe(recipe_text(model, output, backend, text_file, **more), "test.yaml")
 
     return make
+
+
+def spec_of(variant: str) -> FamilySpec:
+    return SPECS[tiny_models.VARIANTS[variant]().config.model_type]
 
 
 def log_p(model: Any) -> torch.Tensor:
@@ -242,14 +247,8 @@ class TestSettings:
         self, variant: str, backend: str, folder_of: Folder, tmp_path: Path, recipe: Callable[..., Recipe]
     ) -> None:
         """Whole blocks and single linears; the first block left out leaves the stream to pass through it."""
-        wanted = recipe(
-            folder_of(variant),
-            tmp_path / "out",
-            backend,
-            skip=["*.0.*", "*1.mlp.*", "*.fc1"][: 3 if "opt" in variant else 2],
-        )
-        if variant == "opt":
-            wanted = recipe(folder_of(variant), tmp_path / "out", backend, skip=["*.0.*", "*.fc1"])
+        skip = ["*.0.*", "*.fc1" if variant == "opt" else "*.mlp.*"]
+        wanted = recipe(folder_of(variant), tmp_path / "out", backend, skip=skip)
         result = qlm.quantize(wanted)
         assert result.layers
         assert all(".1." in name and "mlp" not in name and "fc1" not in name for name in result.layers)
@@ -304,29 +303,32 @@ class TestSettings:
 
 @pytest.mark.parametrize(
     ("variant", "task"),
-    [
-        (variant, task)
-        for variant in FAMILIES
-        for task in SPECS[tiny_models.VARIANTS[variant]().config.model_type].model_classes
-        if task != "causal-lm"
-    ],
+    [(variant, task) for variant in FAMILIES for task in spec_of(variant).model_classes if task != "causal-lm"],
 )
 @pytest.mark.parametrize("backend", ["int8", "gptq"])
 def test_other_tasks(
     variant: str, task: str, backend: str, folder_of: Folder, tmp_path: Path, recipe: Callable[..., Recipe],
     tokenizer_json: str,
 ) -> None:  # fmt: skip
+    """The same linears quantize to the same tensors under every head, and the head stays as it is."""
     torch.manual_seed(0)
-    model = qlm.load(folder_of(variant), task=task, new_head=True)
     folder = tmp_path / "model"
-    model.save_pretrained(folder)
+    qlm.load(folder_of(variant), task=task, new_head=True).save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer_json)
-    result = qlm.quantize(recipe(folder, tmp_path / "out", backend, extra=f"task: {task}\n"))
-    loaded = qlm.load(result.output, task=task)
-    ids = tiny_models.token_ids(1)
-    with torch.no_grad():
-        a, b = (m(ids, use_cache=False)[0].float() for m in (model, loaded))
-    assert (a - b).norm() / a.norm() < 0.5
+    made = qlm.quantize(recipe(folder, tmp_path / "out", backend, extra=f"task: {task}\n"))
+    plain = qlm.quantize(recipe(folder_of(variant), tmp_path / "plain", backend))
+    prefix = f"{spec_of(variant).prefix}." if task == "base" else ""
+    assert {prefix + name for name in made.layers} == plain.layers.keys()
+    tensors, wanted, before = tensors_of(made.output), tensors_of(plain.output), load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name in before and name.removesuffix(".weight") not in made.layers:
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, wanted[prefix + name]), name
+    loaded = qlm.load(made.output, task=task)
+    for name, parameter in loaded.named_parameters():
+        if name.startswith(("score", "classifier", "qa_outputs")):
+            assert torch.equal(parameter, before[name])
 
 
 @pytest.mark.parametrize("kind", ["bin", "sharded", "base only"])
@@ -482,11 +484,11 @@ def test_peak_memory_does_not_grow_with_depth(
     recipes = [tmp_path / "warm.yaml"]
     recipes[0].write_text(recipe_text(folder_of("opt"), tmp_path / "warm", backend, text_file))
     for blocks in (4, 24):
-        width = {"hidden_size": 640, "ffn_dim": 2560, "word_embed_proj_dim": 640, "num_attention_heads": 8}
+        width = {"hidden_size": hidden, "ffn_dim": inner, "word_embed_proj_dim": hidden, "num_attention_heads": 8}
         with torch.device("meta"):
             model = tiny_models.opt(num_hidden_layers=blocks, **width)
         random = torch.Generator().manual_seed(0)
-        pool = torch.randn(hidden * inner, generator=random).half() * 0.02
+        pool = torch.randn(2 * hidden * inner, generator=random).half() * 0.02
         folder = tmp_path / f"{blocks}"
         folder.mkdir()
         names = {f"{name}": p for name, p in model.named_parameters() if not name.startswith("lm_head")}
@@ -497,11 +499,14 @@ def test_peak_memory_does_not_grow_with_depth(
         more = {"order": "none", "scale_search": "minmax"} if backend == "gptq" else {}
         recipes[-1].write_text(recipe_text(folder, tmp_path / f"out{blocks}", backend, text_file, **more))
         del model
+    # Holes in the C library's heap differ from run to run by more than what is measured: each tensor gets its own pages.
+    tunables = "glibc.malloc.mmap_threshold=262144"
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *recipes],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables},
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
-    (_, (start, shallow), (_, deep)) = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    ((start, _), (_, shallow), (_, deep)) = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     print(
         f"{backend}: peak {shallow / 1e6:.0f} MB with 4 blocks, {deep / 1e6:.0f} MB with 24, {start / 1e6:.0f} before"
     )

@@ -16,7 +16,7 @@ from qlm.report import Reporter, Row, facts_table, megabytes, output_console, re
 
 def evaluation(**changes: Any) -> Evaluation:
     values: dict[str, Any] = {
-        "perplexity": 11.0, "perplexity_stderr": 0.1, "tokens": 93, "kl_divergence": 0.012345, "kl_stderr": 0.001,
+        "perplexity": 11.0, "perplexity_stderr": 0.1, "tokens": 93, "kl_divergence": 0.012341, "kl_stderr": 0.001,
         "same_top1": 0.9512, "same_top1_stderr": 0.01, "baseline_perplexity": 10.0, "baseline_perplexity_stderr": 0.1,
         "length": 32, "windows": 3, "protocol": "p", "bos": "none", "data_sha256": "0" * 64, "seconds": 1.0,
     }  # fmt: skip
@@ -134,6 +134,11 @@ class TestProgress:
         """The bars go away, and the error passes."""
         reporter = Reporter()
         reporter.console = Console(file=io.StringIO(), force_terminal=True, width=120)
-        with pytest.raises(ValueError, match="inside"), reporter.progress("title") as tell:
-            tell("blocks", 1, 4)
-            raise ValueError("inside")
+
+        def work() -> None:
+            with reporter.progress("title") as tell:
+                tell("blocks", 1, 4)
+                raise ValueError("inside")
+
+        with pytest.raises(ValueError, match="inside"):
+            work()
