@@ -141,6 +141,14 @@ def _call(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     )
 
 
+def calibration_dtype(device: str) -> torch.dtype:
+    """What blocks compute in while calibrating: bf16 where the hardware multiplies it, fp32 elsewhere. Hessians are fp32 always."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
 def bos_rule(spec: FamilySpec) -> str:
     """The family's BOS rule in words, as reports give it."""
     return f"id {spec.bos_id} once at the start of the text" if spec.bos_first else "none added"

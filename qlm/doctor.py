@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from qlm.calibrate import calibration_dtype
 from qlm.engine.reference import self_check
 from qlm.kernels.ops import int8_kernel
-from qlm.quantize import calibration_dtype
 
 PACKAGES = (
     "qlm", "torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "accelerate", "datasets", "huggingface_hub",

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from qlm.backends import BACKENDS
-from qlm.calibrate import BATCH_TOKENS, window_length
+from qlm.blocks import choose_settings, stages_of
+from qlm.calibrate import BATCH_TOKENS, calibration_dtype, window_length
 from qlm.errors import CannotCreate, Unavailable, UsageError
 from qlm.load import block_paths, open_source, tied_names
-from qlm.quantize import calibration_dtype, choose_settings, stages_of
 from qlm.recipe import Recipe
 
 # Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.
@@ -28,6 +28,7 @@ PROCESS_BYTES = 650_000_000
 HESSIAN_COPIES = 5
 # Room for tokenizer, config and manifest, and for a file system's own bookkeeping.
 SMALL_FILES_BYTES = 16_000_000
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,25 @@ def available_memory() -> int:
     except OSError:
         pass
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
         if limit != "max":
-            available = min(available, int(limit) - used)
-    except (OSError, ValueError):
+            # Files that were read count as used, and go when somebody needs the room: a checkpoint that was just hashed, say.
+            state = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+            available = min(available, int(limit) - used + int(state["inactive_file"]) + int(state["active_file"]))
+    except (OSError, ValueError, KeyError):
         pass
     return available
 
 
 def free_disk(output: Path) -> int:
-    """Bytes free where `output` will be."""
+    """Bytes free where `output` will be, with those that an unfinished run has already filled."""
     folder = output.absolute()
+    finished = (folder.with_name(f"{folder.name}.partial") / "files").glob("*")
+    written = sum(path.stat().st_size for path in finished)
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free + written
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 768) -> float:

@@ -9,19 +9,29 @@ import ctypes
 import importlib.metadata
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from qlm.arch import FAMILIES, FamilySpec, LinearGroup
-from qlm.backends import BACKENDS, Backend, QuantizedLinear, Statistics
-from qlm.calibrate import Stream, Text, bos_rule, calibration_windows, check_windows, read_text, window_length
+from qlm.arch import FAMILIES, Task
+from qlm.backends import BACKENDS, Backend
+from qlm.blocks import choose_settings, quantize_block, stages_of, use_dequantized
+from qlm.calibrate import (
+    Stream,
+    Text,
+    bos_rule,
+    calibration_dtype,
+    calibration_windows,
+    check_windows,
+    read_text,
+    window_length,
+)
 from qlm.checkpoint import manifest
 from qlm.checkpoint.files import PartialFolder, tidy
 from qlm.errors import UsageError
@@ -30,7 +40,6 @@ from qlm.load import (
     block_paths,
     check_attention,
     fill,
-    in_block,
     linear_paths,
     load_tokenizer,
     open_source,
@@ -43,8 +52,6 @@ from qlm.recipe import (
     Recipe,
     quantize_section,
     resolved,
-    settings_for,
-    unmatched_globs,
 )
 
 # Copied as they are: other software finds its tokenizer by them. qlm itself reads the first three only.
@@ -76,97 +83,6 @@ class QuantizeResult:
     resumed: int
 
 
-def stages_of(spec: FamilySpec, config: Any) -> tuple[tuple[LinearGroup, ...], ...]:
-    """The stages of a block, for this config: parallel residual or not."""
-    parallel = spec.parallel_stages is not None and bool(getattr(config, spec.parallel_if or ""))
-    return spec.parallel_stages if parallel and spec.parallel_stages is not None else spec.stages
-
-
-def calibration_dtype(device: str) -> torch.dtype:
-    """What blocks compute in while calibrating: bf16 where the hardware multiplies it, fp32 elsewhere. Hessians are fp32 always."""
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
-
-
-def choose_settings(model: nn.Module, spec: FamilySpec, section: QuantizeRecipe) -> dict[str, LinearSettings]:
-    """Path of each linear that will be quantized to its settings, in the order of the model.
-
-    Raises:
-        UsageError: a glob that matches nothing, a shape that the settings cannot hold, or nothing left to quantize.
-    """
-    backend = BACKENDS[section.backend]
-    linears = [name for name in linear_paths(model) if in_block(name)]
-    for glob in unmatched_globs(section, linears):
-        raise UsageError(f"quantize: {glob!r} matches none of the model's linears, such as {linears[0]!r}")
-    chosen = {}
-    for name in linears:
-        settings = settings_for(section, name)
-        if settings is not None:
-            linear = cast(nn.Linear, model.get_submodule(name))
-            backend.check(name, (linear.out_features, linear.in_features), settings)
-            chosen[name] = settings
-    if not chosen:
-        raise UsageError("quantize.skip: every linear is left out; there is nothing to quantize")
-    return chosen
-
-
-def quantize_block(
-    block: nn.Module,
-    path: str,
-    stages: Sequence[Sequence[LinearGroup]],
-    chosen: Mapping[str, LinearSettings],
-    read_weight: Callable[[str], Tensor],
-    stream: Stream | None,
-) -> dict[str, QuantizedLinear]:
-    """Quantize the linears of one block, stage by stage, so that each sees what the quantized ones before it produce.
-
-    Args:
-        block: its linears' weights are replaced by their dequantized selves where there is a stream.
-        read_weight: the full name of a linear to its weight as the checkpoint holds it.
-        stream: the block's inputs; None for a backend that needs no calibration.
-    Returns:
-        full name of each quantized linear to its tensors, in the order of `stages`.
-    """
-    done: dict[str, QuantizedLinear] = {}
-    for stage in stages:
-        groups = [group for group in stage if any(f"{path}.{linear}" in chosen for linear in group.linears)]
-        statistics: Mapping[LinearGroup, Statistics] = (
-            stream.statistics(block, groups, path) if stream and groups else {}
-        )
-        for group in groups:
-            names = [f"{path}.{linear}" for linear in group.linears if f"{path}.{linear}" in chosen]
-            # Linears with the same settings go together: their rows are independent, and one pass serves them all.
-            for settings in dict.fromkeys(chosen[name] for name in names):
-                weights = {name: read_weight(name) for name in names if chosen[name] == settings}
-                backend = BACKENDS[settings.backend]
-                results = backend.quantize(weights, statistics.get(group), settings)
-                for (name, weight), quantized in zip(weights.items(), results, strict=True):
-                    done[name] = quantized
-                    if stream is not None:
-                        use_dequantized(
-                            block, name.removeprefix(path + "."), quantized.tensors, backend, settings, weight.dtype
-                        )
-    return done
-
-
-def use_dequantized(
-    block: nn.Module,
-    linear: str,
-    tensors: Mapping[str, Tensor],
-    backend: Backend,
-    settings: LinearSettings,
-    dtype: torch.dtype,
-) -> None:
-    """Let a float linear compute with the weight that its quantized tensors stand for."""
-    weight = block.get_submodule(linear).weight
-    assert isinstance(weight, Tensor)
-    dequantized = backend.dequantize(tensors, (weight.shape[0], weight.shape[1]), backend.format(settings, dtype))
-    with torch.no_grad():
-        weight.copy_(dequantized)
-
-
 def shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
@@ -185,95 +101,100 @@ def quantize(
         QlmError: one line. What an interrupted or failed run finished stays in `<output>.partial/` for the next one.
     """
     tell = progress or (lambda what, done, total: None)
-    check_attention(recipe.attn_implementation, device)
-    source, model = open_source(
-        recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation
-    )
-    if source.backend is not None:
-        raise UsageError(
-            f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint"
-        )
-    chosen = choose_settings(model, source.spec, recipe.quantize)
-    backend = BACKENDS[recipe.quantize.backend]
-    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    compute = calibration_dtype(device)
-
-    text: Text | None = None
-    if backend.needs_calibration:
-        assert recipe.calibration is not None
-        text = read_text(recipe.calibration)
+    job = _Job.open(recipe, device)
+    text = read_text(recipe.calibration) if recipe.calibration is not None else None
     tell("hash input", 0, 1)
-    identity = _identity(recipe, source, text, compute, device)
+    identity = _identity(recipe, job, text)
     tell("hash input", 1, 1)
-    blocks = block_paths(source.spec, model)
-    shards = [shard_name(i, len(blocks) + 1) for i in range(len(blocks) + 1)]
 
     output = Path(recipe.output)
     if not force and _is_made(output, identity):
         tidy(output)
-        return _result(output, source, resumed=len(blocks))
+        return _result(output, job.source, resumed=len(job.blocks))
     with PartialFolder(output, identity, force) as partial:
-        weight_map: dict[str, str] = {}
-        windows = (
-            _windows(recipe.calibration, text, source) if text is not None and recipe.calibration is not None else None
-        )
-        stream: Stream | None = None
-        if windows is not None:
-            for name in _outside_blocks(source, blocks):
-                if name in dict(model.named_parameters()):
-                    set_parameter(model, name, source.read(name, compute).to(device))
+        stream = None
+        if text is not None and recipe.calibration is not None:
             tell("embed", 0, 1)
-            stream = Stream(model, source.spec, blocks[0], windows, device)
+            stream = _embed(job, _windows(recipe.calibration, text, job.source))
             tell("embed", 1, 1)
-            for name in _outside_blocks(source, blocks):
-                set_parameter(model, name, torch.empty(model.get_parameter(name).shape, device="meta"))
-
-        layers: dict[str, dict[str, Any]] = {}
         resumed = 0
-        for index, path in enumerate(blocks):
-            tell("quantize", index, len(blocks))
-            shard = shards[index + 1]
+        for index, path in enumerate(job.blocks):
+            tell("quantize", index, len(job.blocks))
+            shard = job.shards[index + 1]
             if partial.finished(shard):
                 resumed += 1
-                facts = partial.record(shard)
                 if stream is not None:
-                    _replay(
-                        model,
-                        source,
-                        path,
-                        chosen,
-                        safetensors.torch.load(partial.path(shard).read_bytes()),
-                        compute,
-                        device,
-                    )
+                    _replay(job, path, safetensors.torch.load(partial.path(shard).read_bytes()))
             else:
-                tensors, facts = _quantize_shard(model, source, path, chosen, stream, dtype, compute, device)
-                partial.write_tensors(shard, tensors, record=facts)
+                tensors, record = _quantize_shard(job, path, stream)
+                partial.write_tensors(shard, tensors, record=record)
                 del tensors
-            layers |= facts["layers"]
-            weight_map |= dict.fromkeys(facts["names"], shard)
-            if stream is not None and index + 1 < len(blocks):
-                stream.advance(model.get_submodule(path))
-            _empty(model, path)
-        tell("quantize", len(blocks), len(blocks))
+            if stream is not None and index + 1 < len(job.blocks):
+                stream.advance(job.model.get_submodule(path))
+            _empty(job.model, path)
+        tell("quantize", len(job.blocks), len(job.blocks))
+        if not partial.finished(job.shards[0]):
+            rest = {_published(job.source, name): job.source.read(name, job.dtype) for name in job.outside_blocks()}
+            partial.write_tensors(job.shards[0], rest, record={"names": list(rest), "layers": {}})
+        _write_descriptions(partial, job, recipe, identity)
+        partial.commit(partial.finished_names)
+    return _result(output, job.source, resumed)
 
-        if not partial.finished(shards[0]):
-            rest = {_published(source, name): source.read(name, dtype) for name in _outside_blocks(source, blocks)}
-            partial.write_tensors(shards[0], rest, record={"names": list(rest)})
-        weight_map |= dict.fromkeys(partial.record(shards[0])["names"], shards[0])
-        files = _write_descriptions(partial, source, model, recipe, chosen, dtype, weight_map)
-        outputs = [*shards, *files]
-        written = manifest.build(
-            **identity,
-            qlm=importlib.metadata.version("qlm"),
-            outputs=partial.facts(outputs),
-            layers=layers,
-            bos=bos_rule(source.spec),
-            config={key: value for key, value in source.config.to_dict().items() if key in KEY_CONFIG_VALUES},
+
+@dataclass(frozen=True)
+class _Job:
+    """What one call of `quantize` works on.
+
+    Attributes:
+        model: the skeleton; one block of it is filled at a time.
+        chosen: path of each linear to be quantized to its settings.
+        blocks: paths of the blocks; `shards` are the output's files, the first for what lies outside the blocks.
+        dtype: of what stays in floating point in the output. compute: what blocks compute in while calibrating.
+    """
+
+    source: Source
+    model: Any
+    task: Task
+    chosen: dict[str, LinearSettings]
+    backend: Backend
+    blocks: list[str]
+    shards: list[str]
+    dtype: torch.dtype
+    compute: torch.dtype
+    device: str
+
+    @classmethod
+    def open(cls, recipe: Recipe, device: str) -> "_Job":
+        check_attention(recipe.attn_implementation, device)
+        source, model = open_source(
+            recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation
         )
-        partial.write_json(manifest.NAME, written)
-        partial.commit([*outputs, manifest.NAME])
-    return _result(output, source, resumed)
+        if source.backend is not None:
+            raise UsageError(
+                f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint"
+            )
+        blocks = block_paths(source.spec, model)
+        return cls(
+            source=source,
+            model=model,
+            task=recipe.task,
+            chosen=choose_settings(model, source.spec, recipe.quantize),
+            backend=BACKENDS[recipe.quantize.backend],
+            blocks=blocks,
+            shards=[shard_name(index, len(blocks) + 1) for index in range(len(blocks) + 1)],
+            dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            compute=calibration_dtype(device),
+            device=device,
+        )
+
+    def outside_blocks(self) -> list[str]:
+        """Names in memory of the tensors that belong to no block and that the files hold (a tied head they need not)."""
+        prefixes = tuple(f"{path}." for path in self.blocks)
+        return [
+            name
+            for name, stored in self.source.file_names.items()
+            if not name.startswith(prefixes) and stored in self.source.checkpoint.tensors
+        ]
 
 
 # Values that were silently wrong in another library at least once; the manifest states them.
@@ -296,7 +217,7 @@ KEY_CONFIG_VALUES = frozenset(
 )
 
 
-def _identity(recipe: Recipe, source: Source, text: Text | None, compute: torch.dtype, device: str) -> dict[str, Any]:
+def _identity(recipe: Recipe, job: _Job, text: Text | None) -> dict[str, Any]:
     """Everything that the output's bytes depend on. A resumed run must agree in all of it."""
     plain = resolved(recipe)
     # Where the output lies, how it is measured afterwards and where the inputs lie change no byte of it.
@@ -304,7 +225,7 @@ def _identity(recipe: Recipe, source: Source, text: Text | None, compute: torch.
         plain.pop(key, None)
     if Path(recipe.model).is_dir():
         plain["model"] = Path(recipe.model).resolve().name
-    inputs = manifest.input_facts(source.checkpoint.files())
+    inputs = manifest.input_facts(job.source.checkpoint.files())
     if text is not None:
         if isinstance(plain["calibration"]["data"], str):
             plain["calibration"]["data"] = text.description
@@ -313,8 +234,8 @@ def _identity(recipe: Recipe, source: Source, text: Text | None, compute: torch.
     # Sums in another order, or rounded at other places, give other bits: where and in what was computed belongs here too.
     place = {
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
-        "calibration_dtype": str(compute).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(job.device) if job.device.startswith("cuda") else "cpu",
+        "calibration_dtype": str(job.compute).removeprefix("torch."),
     }
     return {
         "recipe": plain,
@@ -340,14 +261,15 @@ def _windows(section: CalibrationRecipe, text: Text, source: Source) -> Tensor:
     return calibration_windows(text, tokenizer, source.spec, samples=section.samples, length=length, seed=section.seed)
 
 
-def _outside_blocks(source: Source, blocks: Sequence[str]) -> list[str]:
-    """Names in memory of the tensors that belong to no block and that the files hold (a tied head they need not)."""
-    prefixes = tuple(f"{path}." for path in blocks)
-    return [
-        name
-        for name, stored in source.file_names.items()
-        if not name.startswith(prefixes) and stored in source.checkpoint.tensors
-    ]
+def _embed(job: _Job, windows: Tensor) -> Stream:
+    """The inputs of the first block. What lies outside the blocks is in memory for as long as that takes."""
+    names = job.outside_blocks()
+    for name in names:
+        set_parameter(job.model, name, job.source.read(name, job.compute).to(job.device))
+    stream = Stream(job.model, job.source.spec, job.blocks[0], windows, job.device)
+    for name in names:
+        _forget(job.model, name)
+    return stream
 
 
 def _published(source: Source, name: str) -> str:
@@ -356,26 +278,17 @@ def _published(source: Source, name: str) -> str:
     return f"{source.spec.published_head}.{name.removeprefix(head)}" if name.startswith(head) else name
 
 
-def _quantize_shard(
-    model: nn.Module,
-    source: Source,
-    path: str,
-    chosen: Mapping[str, LinearSettings],
-    stream: Stream | None,
-    dtype: torch.dtype,
-    compute: torch.dtype,
-    device: str,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _quantize_shard(job: _Job, path: str, stream: Stream | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize one block: its tensors as they go into the file, and the record that stays beside them."""
-    block = model.get_submodule(path)
+    source, block = job.source, job.model.get_submodule(path)
     if stream is not None:
-        fill(model, source, path, dtype=compute, device=device)
+        fill(job.model, source, path, dtype=job.compute, device=job.device)
     quantized = quantize_block(
         block,
         path,
         stages_of(source.spec, source.config),
-        chosen,
-        lambda name: source.read(f"{name}.weight").to(device),
+        job.chosen,
+        lambda name: source.read(f"{name}.weight").to(job.device),
         stream,
     )
     tensors: dict[str, Tensor] = {}
@@ -385,7 +298,7 @@ def _quantize_shard(
         if linear in quantized and leaf == "weight":
             tensors |= {f"{linear}.{suffix}": t.cpu().contiguous() for suffix, t in quantized[linear].tensors.items()}
         else:
-            tensors[full] = source.read(full, dtype)
+            tensors[full] = source.read(full, job.dtype)
     bits = {name: 8 * sum(t.nbytes for t in result.tensors.values()) for name, result in quantized.items()}
     layers = {
         name: {
@@ -398,75 +311,72 @@ def _quantize_shard(
     return tensors, {"names": list(tensors), "layers": layers}
 
 
-def _replay(
-    model: nn.Module,
-    source: Source,
-    path: str,
-    chosen: Mapping[str, LinearSettings],
-    tensors: Mapping[str, Tensor],
-    compute: torch.dtype,
-    device: str,
-) -> None:
+def _replay(job: _Job, path: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill a block that was finished earlier with what it computed with then."""
-    fill(model, source, path, dtype=compute, device=device)
-    block = model.get_submodule(path)
-    for name, settings in chosen.items():
+    source = job.source
+    fill(job.model, source, path, dtype=job.compute, device=job.device)
+    block = job.model.get_submodule(path)
+    for name, settings in job.chosen.items():
         if name.startswith(f"{path}."):
             backend = BACKENDS[settings.backend]
             own = {
-                key.removeprefix(f"{name}."): t.to(device) for key, t in tensors.items() if key.startswith(f"{name}.")
+                key.removeprefix(f"{name}."): t.to(job.device)
+                for key, t in tensors.items()
+                if key.startswith(f"{name}.")
             }
             own.pop("bias", None)
             stored = source.checkpoint.tensors[source.file_names[f"{name}.weight"]].dtype
             use_dequantized(block, name.removeprefix(f"{path}."), own, backend, settings, stored)
 
 
+def _forget(model: nn.Module, name: str) -> None:
+    parameter = model.get_parameter(name)
+    set_parameter(model, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+
+
 def _empty(model: nn.Module, path: str) -> None:
     """Give a block's memory back, to the system."""
-    for name, parameter in list(model.get_submodule(path).named_parameters()):
-        set_parameter(model, f"{path}.{name}", torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+    for name, _ in list(model.get_submodule(path).named_parameters()):
+        _forget(model, f"{path}.{name}")
     # glibc keeps freed tensors of up to 32 MB; without this its heap grew by a shard's size with every block.
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _write_descriptions(
-    partial: PartialFolder,
-    source: Source,
-    model: nn.Module,
-    recipe: Recipe,
-    chosen: Mapping[str, LinearSettings],
-    dtype: torch.dtype,
-    weight_map: Mapping[str, str],
-) -> list[str]:
-    """Write everything but weights and manifest: index, config, the backend's own files, tokenizer. Returns the names."""
-    backend = BACKENDS[recipe.quantize.backend]
-    scheme = {name: backend.format(settings, dtype) for name, settings in chosen.items()}
-    left_out = [name for name in linear_paths(model) if name not in chosen]
+def _write_descriptions(partial: PartialFolder, job: _Job, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+    """Write everything but weights: index, config, the backend's own files, tokenizer, and the manifest of them all."""
+    source = job.source
+    weight_map = {name: shard for shard in job.shards for name in partial.record(shard)["names"]}
+    total = sum(partial.path(shard).stat().st_size for shard in job.shards)
+    partial.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+    scheme = {name: job.backend.format(settings, job.dtype) for name, settings in job.chosen.items()}
+    left_out = [name for name in linear_paths(job.model) if name not in job.chosen]
     # The head has one name in published files and another in memory; readers look for either.
-    left_out += (
-        [source.spec.published_head]
-        if source.spec.published_head not in left_out and recipe.task == "causal-lm"
-        else []
-    )
-    description = backend.describe(scheme, left_out, dtype)
+    if job.task == "causal-lm" and source.spec.published_head not in left_out:
+        left_out.append(source.spec.published_head)
+    description = job.backend.describe(scheme, left_out, job.dtype)
     config = {key: value for key, value in source.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
-    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = config["torch_dtype"] = str(job.dtype).removeprefix("torch.")
     if description.quantization_config is not None:
         config["quantization_config"] = description.quantization_config
-    total = sum(partial.path(shard).stat().st_size for shard in sorted(set(weight_map.values())))
-    partial.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     partial.write_json("config.json", config)
-    names = [INDEX, "config.json"]
     for name, content in description.files.items():
         partial.write_json(name, content)
-        names.append(name)
     for name in TOKENIZER_FILES:
         file = source.checkpoint.path(name)
         if file is not None:
             partial.write_bytes(name, file.read_bytes())
-            names.append(name)
-    return names
+
+    written = manifest.build(
+        **identity,
+        qlm=importlib.metadata.version("qlm"),
+        outputs=partial.facts([name for name in partial.finished_names if name != manifest.NAME]),
+        layers={name: facts for shard in job.shards for name, facts in partial.record(shard)["layers"].items()},
+        bos=bos_rule(source.spec),
+        config={key: value for key, value in source.config.to_dict().items() if key in KEY_CONFIG_VALUES},
+    )
+    partial.write_json(manifest.NAME, written)
 
 
 def _result(output: Path, source: Source, resumed: int) -> QuantizeResult:

@@ -13,10 +13,10 @@ import torch
 import qlm
 from qlm.arch import FAMILIES as SPECS
 from qlm.arch import FamilySpec, LinearGroup
+from qlm.blocks import stages_of
 from qlm.calibrate import Stream, Text, calibration_windows, read_text, text_ids, window_length
 from qlm.errors import DataError, MissingInput, UsageError
 from qlm.load import block_paths
-from qlm.quantize import stages_of
 from qlm.recipe import CalibrationRecipe
 from tests import tiny_models
 from tests.conftest import FAMILIES

@@ -18,7 +18,7 @@ ROWS = (
     {"cli"},
     {"run"},
     {"evaluate", "generate", "finetune", "plan", "report", "doctor", "shipped"},
-    {"quantize", "calibrate", "load", "engine"},
+    {"quantize", "blocks", "calibrate", "load", "engine"},
     {"backends", "checkpoint"},
     {"kernels", "numerics"},
     {"arch", "recipe", "strict_yaml", "errors"},
@@ -27,6 +27,9 @@ ROWS = (
 INSIDE_A_ROW = {
     ("generate", "evaluate"),
     ("report", "evaluate"),
+    ("blocks", "calibrate"),
+    ("blocks", "load"),
+    ("quantize", "blocks"),
     ("quantize", "calibrate"),
     ("quantize", "load"),
     ("recipe", "arch"),

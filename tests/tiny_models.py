@@ -70,7 +70,7 @@ def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pr
     model = VARIANTS[variant]().eval()
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if parameter.ndim == 1 and "norm" in name.lower() or ".ln_" in name:
+            if (parameter.ndim == 1 and "norm" in name.lower()) or ".ln_" in name:
                 parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
             elif parameter.ndim == 1:
                 parameter.normal_(0.0, 0.1)

@@ -1,0 +1,167 @@
+"""The plan: figures that hold, and refusals that come before anything is written."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import qlm
+from qlm.errors import CannotCreate, Unavailable, UsageError
+from qlm.plan import SMALL_FILES_BYTES, Plan, available_memory, free_disk, plan, refuse_if_too_large
+from qlm.recipe import Recipe, parse_recipe
+from tests import tiny_models
+from tests.conftest import BACKENDS, FAMILIES, ROOT, recipe_text
+
+plan_module = importlib.import_module("qlm.plan")
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe(text_file: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    def make(model: Path, backend: str = "int8", **more: Any) -> Recipe:
+        return parse_recipe(recipe_text(model, tmp_path / "out", backend, text_file, **more), "test.yaml")
+
+    return make
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_disk_is_what_the_output_takes(
+    variant: str, backend: str, folder_of: Folder, recipe: Callable[..., Recipe]
+) -> None:
+    wanted = recipe(folder_of(variant), backend)
+    needs = plan(wanted)
+    result = qlm.quantize(wanted)
+    assert needs.linears == len(result.layers)
+    assert needs.disk - SMALL_FILES_BYTES == pytest.approx(result.bytes, rel=0.05)
+    assert sum(path.stat().st_size for path in result.output.iterdir()) < needs.disk
+
+
+MEASURE = """
+import sys
+import torch
+torch.set_num_threads(1)
+import qlm
+from qlm.plan import plan
+from qlm.recipe import load_recipe
+from qlm.run import peak_memory, run_recipe
+from dataclasses import replace
+for path in sys.argv[1:]:
+    recipe = load_recipe(path)
+    needs = plan(recipe)
+    peak_memory(reset=True)
+    qlm.quantize(recipe)
+    print(needs.quantize_memory, peak_memory(), needs.quantize_seconds)
+"""
+
+
+def test_memory_within_a_factor_of_two(tmp_path: Path, tokenizer_json: str, text_file: Path) -> None:
+    """Of a model whose blocks and calibration matter beside the process itself."""
+    width = {"hidden_size": 1024, "ffn_dim": 4096, "word_embed_proj_dim": 1024, "num_attention_heads": 16}
+    tiny_models.opt(num_hidden_layers=2, max_position_embeddings=512, **width).half().save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "model" / "tokenizer.json").write_text(tokenizer_json)
+    recipes = []
+    for backend in BACKENDS:
+        recipes.append(tmp_path / f"{backend}.yaml")
+        text = recipe_text(
+            tmp_path / "model",
+            tmp_path / backend,
+            backend,
+            text_file,
+            **({"scale_search": "minmax"} if backend == "gptq" else {}),
+        )
+        recipes[-1].write_text(text.replace("samples: 8, length: 32", "samples: 24, length: 512"))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *recipes],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for backend, line in zip(BACKENDS, done.stdout.splitlines(), strict=True):
+        predicted, measured, seconds = map(float, line.split())
+        print(f"{backend}: {predicted / 1e6:.0f} MB predicted, {measured / 1e6:.0f} MB measured; {seconds} s predicted")
+        assert measured < predicted < 2 * measured
+
+
+class TestRefusals:
+    @staticmethod
+    def needs(**changes: Any) -> Plan:
+        values: dict[str, Any] = {
+            "linears": 1, "quantize_memory": 2_000_000_000, "evaluate_memory": 1_000_000_000, "memory_available": 4_000_000_000,
+            "disk": 1_000_000_000, "disk_free": 2_000_000_000, "quantize_seconds": 1.0, "evaluate_seconds": 0.0,
+        }  # fmt: skip
+        return Plan(**{**values, **changes})
+
+    def test_enough(self, folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
+        refuse_if_too_large(recipe(folder_of("opt")), self.needs())
+        assert self.needs().memory == 2_000_000_000
+        assert self.needs().to_json()["memory"] == 2_000_000_000
+
+    def test_disk(self, folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
+        with pytest.raises(CannotCreate, match=r"out needs 1\.00 GB, and 0\.50 GB are free there"):
+            refuse_if_too_large(recipe(folder_of("opt")), self.needs(disk_free=500_000_000))
+
+    def test_memory(self, folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
+        for need, what in (("quantize_memory", "quantizing"), ("evaluate_memory", "evaluating")):
+            with pytest.raises(Unavailable, match=rf"{what} .* needs about 9\.00 GB of memory, and 4\.00 GB are"):
+                refuse_if_too_large(recipe(folder_of("opt")), self.needs(**{need: 9_000_000_000}))
+
+    def test_before_anything_is_written(
+        self, folder_of: Folder, recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from qlm.report import Reporter
+        from qlm.run import run_recipe
+
+        monkeypatch.setattr(plan_module, "available_memory", lambda: 1000)
+        with Reporter(quiet=True).progress("test") as tell, pytest.raises(Unavailable, match="of memory"):
+            run_recipe("r.yaml", recipe(folder_of("opt")), tell=tell)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_quantize_would_refuse(self, folder_of: Folder, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="matches none"):
+            plan(recipe(folder_of("opt"), skip=["*.nothing"]))
+        made = qlm.quantize(recipe(folder_of("opt"))).output
+        with pytest.raises(UsageError, match="quantized already"):
+            plan(recipe(made).model_copy(update={"output": str(tmp_path / "other")}))
+
+
+class TestWhatIsThere:
+    def test_memory(self) -> None:
+        assert 1e8 < available_memory() < 1e14
+
+    def test_of_a_control_group(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Files in the page cache count as used by the group, but are no obstacle."""
+        for name, text in {
+            "memory.max": "1000000\n", "memory.current": "900000\n",
+            "memory.stat": "anon 300000\nfile 600000\ninactive_file 350000\nactive_file 150000\n",
+        }.items():  # fmt: skip
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(plan_module, "CONTROL_GROUP", tmp_path)
+        assert available_memory() == 600_000
+        (tmp_path / "memory.max").write_text("max\n")
+        assert available_memory() > 1e8
+
+    def test_disk_counts_what_an_unfinished_run_wrote(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        output = tmp_path / "deep" / "out"
+        assert free_disk(output) == 1000
+        files = tmp_path / "deep" / "out.partial" / "files"
+        files.mkdir(parents=True)
+        (files / "model-00001-of-00002.safetensors").write_bytes(bytes(234))
+        assert free_disk(output) == 1234
+
+
+def test_longer_calibration_needs_more(folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
+    text = recipe_text(folder_of("opt"), tmp_path / "out", "gptq", text_file)
+    few = plan(parse_recipe(text, "a.yaml"))
+    many = plan(parse_recipe(text.replace("samples: 8, length: 32", "samples: 80000, length: 64"), "a.yaml"))
+    stream = 80000 * 64 * 128 * torch.bfloat16.itemsize
+    assert many.quantize_memory - few.quantize_memory >= stream
+    assert many.quantize_seconds > few.quantize_seconds
