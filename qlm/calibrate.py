@@ -193,13 +193,17 @@ def calibration_windows(
 
 
 def check_windows(windows: Any, spec: FamilySpec, config: Any) -> None:
-    """Refuse windows that the model cannot read. Raises UsageError."""
+    """Refuse windows that the model cannot read.
+
+    Raises:
+        UsageError: not int64 [samples, length], or longer than the positions. DataError: an id that the model does not have.
+    """
     if not isinstance(windows, Tensor) or windows.dtype != torch.int64 or windows.ndim != 2 or not windows.numel():
         what = f"{windows.dtype} {list(windows.shape)}" if isinstance(windows, Tensor) else type(windows).__name__
         raise UsageError(f"calibration: found {what}; expected token ids, int64 [samples, length]")
     window_length(windows.shape[1], int(getattr(config, spec.positions)))
     if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
-        raise UsageError(
+        raise DataError(
             f"calibration: ids from {int(windows.min())} to {int(windows.max())}, but the model has {config.vocab_size} "
             "tokens: the tokenizer is another model's"
         )

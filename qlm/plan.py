@@ -19,7 +19,7 @@ from qlm.backends import BACKENDS
 from qlm.blocks import choose_settings, stages_of
 from qlm.calibrate import BATCH_TOKENS, calibration_dtype, window_length
 from qlm.errors import CannotCreate, Unavailable, UsageError
-from qlm.load import block_paths, open_source, tied_names
+from qlm.load import block_paths, check_attention, open_source, tied_names
 from qlm.recipe import Recipe
 
 # Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.
@@ -99,11 +99,11 @@ def matmul_rate(dtype: torch.dtype, size: int = 768) -> float:
     return size**3 / best
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, device: str = "cpu") -> Plan:
     """Predict what the recipe needs. Raises what `quantize` would raise for a wrong recipe or checkpoint."""
-    source, model = open_source(
-        recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation
-    )
+    check_attention(recipe.attn_implementation, device)
+    # Not the recipe's attention: what another machine needs can be asked on one that has no GPU.
+    source, model = open_source(recipe.model, revision=recipe.revision, task=recipe.task)
     if source.backend is not None:
         raise UsageError(
             f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint"

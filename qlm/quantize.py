@@ -258,7 +258,11 @@ def _is_made(output: Path, identity: Mapping[str, Any]) -> bool:
 def _windows(section: CalibrationRecipe, text: Text, source: Source) -> Tensor:
     length = window_length(section.length, int(getattr(source.config, source.spec.positions)))
     tokenizer = load_tokenizer(source.checkpoint.folder)
-    return calibration_windows(text, tokenizer, source.spec, samples=section.samples, length=length, seed=section.seed)
+    windows = calibration_windows(
+        text, tokenizer, source.spec, samples=section.samples, length=length, seed=section.seed
+    )
+    check_windows(windows, source.spec, source.config)
+    return windows
 
 
 def _embed(job: _Job, windows: Tensor) -> Stream:

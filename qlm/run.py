@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlm.arch import FAMILIES
-from qlm.calibrate import bos_rule, read_text, text_ids, window_length
+from qlm.calibrate import Text, bos_rule, read_text, text_ids, window_length
 from qlm.evaluate import Evaluation, evaluate
 from qlm.load import load, load_tokenizer
 from qlm.plan import plan, refuse_if_too_large
@@ -34,7 +34,7 @@ def peak_memory(reset: bool = False) -> int:
 
 def evaluate_on(
     model: str | Path,
-    source: DataSource,
+    source: DataSource | Text,
     *,
     length: int | None,
     windows: int | None = None,
@@ -47,7 +47,7 @@ def evaluate_on(
     tell: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of a model on a text, and its KL divergence from `baseline`, by the canonical protocol (evaluate.py)."""
-    text = read_text(source)
+    text = source if isinstance(source, Text) else read_text(source)
     loaded = load(model, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation)
     other = None
     if baseline is not None:
@@ -75,7 +75,9 @@ def run_recipe(
     name: str, recipe: Recipe, *, force: bool = False, device: str = "cpu", tell: Steps | None = None
 ) -> Row:
     """Quantize as the recipe says, and evaluate where it says so. `name` is what the row calls it."""
-    refuse_if_too_large(recipe, plan(recipe))
+    if recipe.evaluate is not None:
+        read_text(recipe.evaluate)  # a text that cannot be read is better known now than in an hour
+    refuse_if_too_large(recipe, plan(recipe, device))
     peak_memory(reset=True)
     start = time.perf_counter()
     result = quantize(recipe, force=force, device=device, progress=tell)
@@ -83,10 +85,10 @@ def run_recipe(
     peak = peak_memory()
     evaluation = None
     start = time.perf_counter()
-    if recipe.evaluate is not None:
+    if recipe.evaluate is not None and text is not None:
         evaluation = evaluate_on(
             result.output,
-            recipe.evaluate,
+            text,
             length=recipe.evaluate.length,
             windows=recipe.evaluate.windows,
             baseline=recipe.model,

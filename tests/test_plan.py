@@ -64,7 +64,7 @@ for path in sys.argv[1:]:
 
 def test_memory_within_a_factor_of_two(tmp_path: Path, tokenizer_json: str, text_file: Path) -> None:
     """Of a model whose blocks and calibration matter beside the process itself."""
-    width = {"hidden_size": 1024, "ffn_dim": 4096, "word_embed_proj_dim": 1024, "num_attention_heads": 16}
+    width = {"hidden_size": 768, "ffn_dim": 3072, "word_embed_proj_dim": 768, "num_attention_heads": 12}
     tiny_models.opt(num_hidden_layers=2, max_position_embeddings=512, **width).half().save_pretrained(
         tmp_path / "model"
     )
@@ -124,12 +124,12 @@ class TestRefusals:
             run_recipe("r.yaml", recipe(folder_of("opt")), tell=tell)
         assert list(tmp_path.iterdir()) == []
 
-    def test_what_quantize_would_refuse(self, folder_of: Folder, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def test_what_quantize_would_refuse(self, folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
         with pytest.raises(UsageError, match="matches none"):
             plan(recipe(folder_of("opt"), skip=["*.nothing"]))
         made = qlm.quantize(recipe(folder_of("opt"))).output
         with pytest.raises(UsageError, match="quantized already"):
-            plan(recipe(made).model_copy(update={"output": str(tmp_path / "other")}))
+            plan(recipe(folder_of("opt")).model_copy(update={"model": str(made)}))
 
 
 class TestWhatIsThere:
