@@ -3,8 +3,8 @@
     python evals/kill_test.py [--runs 20] [--recipe recipes/demo/tiny-opt-gptq.yaml] [--seed 0]
 
 The recipe runs once without interruption, in a temporary folder and without its evaluation. Then, for each run: start it anew,
-send SIGKILL at a moment drawn evenly between the appearance of `<output>.partial` and the usual end, run the same command to its
-end, and compare SHA-256 of every file. One line a kill; the last line is JSON. The exit code is 1 if any run differs.
+send SIGKILL at a random moment (once a number of files drawn evenly are written, and a random share of a file's usual time
+later), run the same command to its end, and compare SHA-256 of every file. One line a kill; the last line is JSON. The exit code is 1 if any run differs.
 """
 
 import argparse
@@ -53,6 +53,10 @@ def wait_for(process: subprocess.Popen[bytes], path: Path) -> float:
     return time.monotonic()
 
 
+def count(folder: Path) -> int:
+    return len(list(folder.glob("*.safetensors"))) if folder.exists() else 0
+
+
 def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
@@ -78,26 +82,29 @@ def main() -> None:
         first = wait_for(process, partial)
         finish(process)
         seconds = time.monotonic() - first
-        wanted = hashes(output)
+        wanted, shards = hashes(output), count(output)
         print(f"{options.recipe.stem}: {len(wanted)} files, {seconds:.2f} s from the first byte to the end")
 
         identical = killed = 0
         for run in range(1, options.runs + 1):
             shutil.rmtree(output)
             process = start(recipe)
-            moment = chance.uniform(0, seconds)
-            time.sleep(max(0.0, wait_for(process, partial) + moment - time.monotonic()))
+            wait_for(process, partial)
+            files = chance.randrange(shards + 1)
+            while process.poll() is None and count(partial / "files") < files:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, seconds / shards))
             process.kill()
             process.communicate()
             was_killed = process.returncode == -9
             killed += was_killed
-            left = sorted(path.name for path in (partial / "files").glob("*")) if partial.exists() else []
+            left = count(partial / "files")
             finish(start(recipe))
             same = hashes(output) == wanted and not partial.exists()
             identical += same
             print(
-                f"{run:3d}/{options.runs}: {'killed' if was_killed else 'had ended'} after {moment:6.3f} s with "
-                f"{len(left)} files written; then {'identical' if same else 'DIFFERENT'}",
+                f"{run:3d}/{options.runs}: {'killed' if was_killed else 'had ended before the kill'} with {left} of {shards} "
+                f"shards written; then {'identical' if same else 'DIFFERENT'}",
                 flush=True,
             )
     result = {

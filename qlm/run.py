@@ -75,8 +75,8 @@ def run_recipe(
     name: str, recipe: Recipe, *, force: bool = False, device: str = "cpu", tell: Steps | None = None
 ) -> Row:
     """Quantize as the recipe says, and evaluate where it says so. `name` is what the row calls it."""
-    if recipe.evaluate is not None:
-        read_text(recipe.evaluate)  # a text that cannot be read is better known now than in an hour
+    # A text that cannot be read is better known now than in an hour.
+    text = None if recipe.evaluate is None else read_text(recipe.evaluate)
     refuse_if_too_large(recipe, plan(recipe, device))
     peak_memory(reset=True)
     start = time.perf_counter()
