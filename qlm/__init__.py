@@ -1,4 +1,4 @@
-"""qlm: quantize, fine-tune, evaluate and run OPT, GPT-NeoX and GPTBigCode models.
+"""qlm: quantize, evaluate and run OPT, GPT-NeoX and GPTBigCode models.
 
 Importing it does nothing; each name below is imported when it is first used.
 """

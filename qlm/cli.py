@@ -94,16 +94,23 @@ def quantize(
     check_device(device)
     reporter = Reporter(quiet)
     rows = []
-    for number, (path, recipe) in enumerate(loaded.items(), 1):
-        title = f"[{number}/{len(loaded)}] {Path(path).stem}"
-        with reporter.progress(title) as tell:
-            rows.append(run_recipe(path, recipe, force=force, device=device, tell=tell))
-        result = rows[-1].result
-        resumed = f" ({result.resumed} blocks were there already)" if result.resumed else ""
-        reporter.note(f"{title}: {len(result.layers)} linears -> {result.output}{resumed}")
-    if str(json_file) != "-":
-        output_console().print(results_table(rows))
-    _write_json([row.to_json() for row in rows], json_file)
+    try:
+        for number, (path, recipe) in enumerate(loaded.items(), 1):
+            title = f"[{number}/{len(loaded)}] {Path(path).stem}"
+            try:
+                with reporter.progress(title) as tell:
+                    rows.append(run_recipe(path, recipe, force=force, device=device, tell=tell))
+            except QlmError as error:
+                raise (type(error)(f"{path}: {error}") if len(loaded) > 1 else error) from None
+            result = rows[-1].result
+            resumed = f" ({result.resumed} blocks were there already)" if result.resumed else ""
+            reporter.note(f"{title}: {len(result.layers)} linears -> {result.output}{resumed}")
+    finally:
+        # What the recipes before a failing one gave is shown all the same.
+        if rows and str(json_file) != "-":
+            output_console().print(results_table(rows))
+        if rows:
+            _write_json([row.to_json() for row in rows], json_file)
 
 
 @app.command()

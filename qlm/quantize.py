@@ -34,7 +34,7 @@ from qlm.calibrate import (
 )
 from qlm.checkpoint import manifest
 from qlm.checkpoint.files import PartialFolder, tidy
-from qlm.errors import UsageError
+from qlm.errors import DataError, UsageError
 from qlm.load import (
     Source,
     block_paths,
@@ -247,10 +247,17 @@ def _identity(recipe: Recipe, job: _Job, text: Text | None) -> dict[str, Any]:
 
 
 def _is_made(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the output is there already, complete and made from the same. Another or a damaged one is PartialFolder's to refuse."""
+    """Whether the output is there already, complete and made from the same. Another's is PartialFolder's to refuse.
+
+    Raises:
+        DataError: it has changed since it was written.
+    """
     if not (output / manifest.NAME).is_file():
         return False
-    manifest.verify(output)
+    try:
+        manifest.verify(output)
+    except DataError as error:
+        raise DataError(f"{error}; --force makes the output anew") from None
     written = manifest.read(output)
     return all(written[key] == value for key, value in identity.items())
 
@@ -342,7 +349,11 @@ def _empty(model: nn.Module, path: str) -> None:
     """Give a block's memory back, to the system."""
     for name, _ in list(model.get_submodule(path).named_parameters()):
         _forget(model, f"{path}.{name}")
-    # glibc keeps freed tensors of up to 32 MB; without this its heap grew by a shard's size with every block.
+    release_memory()
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps freed tensors of up to 32 MB, and its heap grew by a shard with every block."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,5 +1,6 @@
 """A recipe from start to end: refuse early, quantize, measure against the float model, and give a row for the table."""
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from qlm.calibrate import Text, bos_rule, read_text, text_ids, window_length
 from qlm.evaluate import Evaluation, evaluate
 from qlm.load import load, load_tokenizer
 from qlm.plan import plan, refuse_if_too_large
-from qlm.quantize import quantize
+from qlm.quantize import quantize, release_memory
 from qlm.recipe import DataSource, Recipe
 from qlm.report import Row, Steps
 
@@ -17,6 +18,9 @@ from qlm.report import Row, Steps
 def peak_memory(reset: bool = False) -> int:
     """Peak resident bytes of this process since the last reset (Linux), or since it started."""
     if reset:
+        # What an earlier recipe left behind is not this one's.
+        gc.collect()
+        release_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:

@@ -30,9 +30,11 @@ from qlm.numerics.packing import encode_zero_points, pack_rows
 from qlm.recipe import LinearSettings
 
 BITS = (2, 3, 4, 8)
-# Rules come from files; Python's matcher backtracks, without limit for a pattern such as (a+)+.
+# Rules come from files, and Python's matcher backtracks: for ever over a repeated group such as (a+)+ or (.|.)*, and by the power of
+# their number over other repetitions.
 LONGEST_RULE = 500
-REPEATED_GROUP = re.compile(r"[+*}?][^()]*\)[+*{]")
+REPEATED_GROUP = re.compile(r"\)[+*{?]")
+MOST_REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -244,10 +246,11 @@ class GptqBackend:
                 how = None
             for rule, changes in rules.items():
                 pattern = rule.removeprefix("+:").removeprefix("-:")
-                if len(pattern) > LONGEST_RULE or REPEATED_GROUP.search(pattern):
+                repeats = sum(map(pattern.count, "+*{"))
+                if len(pattern) > LONGEST_RULE or repeats > MOST_REPEATS or REPEATED_GROUP.search(pattern):
                     raise DataError(
-                        f"quantization_config: dynamic rule {rule!r} is longer than {LONGEST_RULE} characters or repeats a "
-                        "group that repeats, which a regular expression can take for ever to match"
+                        f"quantization_config: dynamic rule {rule!r} could take for ever to match; qlm takes rules of at most "
+                        f"{LONGEST_RULE} characters and {MOST_REPEATS} repetitions, none of them of a group"
                     )
                 try:
                     matches = re.match(pattern, name) is not None

@@ -55,7 +55,7 @@ class GptqResult:
 
 
 def add_gram_(hessian: Tensor, x: Tensor) -> None:
-    """hessian += x^T x, lower block triangle only (`finish_hessian` mirrors it). hessian fp32 [I, I], x [T, I]."""
+    """hessian += x^T x, lower block triangle only (`finish_hessian_` mirrors it). hessian fp32 [I, I], x [T, I]."""
     x = x.float()
     for start in range(0, hessian.shape[0], GRAM_CHUNK):
         stop = min(start + GRAM_CHUNK, hessian.shape[0])

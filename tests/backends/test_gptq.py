@@ -210,8 +210,18 @@ def test_other_configs_are_refused(change: dict[str, Any]) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("rule", [r"+:^(a+)+$", r"-:(model\.|layers\.)*.*(x*y*)*z", "+:" + "a?" * 300])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        r"+:^(a+)+$",
+        r"+:(.|.)*!",
+        r"+:((.+))+!",
+        "+:" + ".*" * 10 + "!",
+        r"-:(model\.|layers\.)*.*(x*y*)*z",
+        "+:" + "a?" * 300,
+    ],
+)
 def test_a_rule_that_could_backtrack_for_ever_is_refused(rule):
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {rule: {"bits": 8}}}
-    with pytest.raises(DataError, match=r"repeats a group that repeats|longer than"):
+    with pytest.raises(DataError, match="could take for ever to match"):
         GptqBackend().read(config, ["model.decoder.layers.0." + "a" * 40], torch.float16)
