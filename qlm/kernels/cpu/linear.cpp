@@ -1,0 +1,234 @@
+// Linear layers on a team: checks, the split into items, and the helpers that a loader needs.
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include "kernels.h"
+#include "team.h"
+
+namespace qlm {
+
+namespace {
+
+bool is_float(int32_t dtype) { return dtype == QLM_F32 || dtype == QLM_F16 || dtype == QLM_BF16; }
+
+// Features of a group: no dimension of a model comes near; products of sizes stay far inside int64.
+constexpr int64_t MOST_FEATURES = int64_t{1} << 24;
+// int32 sums of so many products of 255 and 127 are exact; qlm/kernels/ops.py has the same bound.
+constexpr int64_t MOST_INT8_FEATURES = 66310;
+
+int check_gptq(const qlm_linear &l) {
+  const int64_t period = l.bits == 3 ? 32 : 32 / (l.bits > 0 ? l.bits : 1);
+  if (l.bits != 2 && l.bits != 3 && l.bits != 4 && l.bits != 8)
+    return fail(QLM_BAD_ARGUMENT, "gptq linear: %d bits; 2, 3, 4 and 8 are known", l.bits);
+  if (l.in_features % period || l.out_features % 4)
+    return fail(QLM_BAD_ARGUMENT, "gptq linear: %lld in, %lld out features; %d bits need multiples of %lld and 4",
+                (long long)l.in_features, (long long)l.out_features, l.bits, (long long)period);
+  if (l.group_size < 1 || l.group_size % period || l.in_features % l.group_size)
+    return fail(QLM_BAD_ARGUMENT,
+                "gptq linear: groups of %lld of %lld in features; the kernels need a divisor that is a multiple of %lld",
+                (long long)l.group_size, (long long)l.in_features, (long long)period);
+  if (!l.scale || !is_float(l.scale_dtype) || !l.zero_point)
+    return fail(QLM_BAD_ARGUMENT, "gptq linear: scales or zero points are missing");
+  if (l.order)
+    for (int64_t i = 0; i < l.in_features; ++i)
+      if (l.order[i] < 0 || l.order[i] >= l.in_features)
+        return fail(QLM_BAD_ARGUMENT, "gptq linear: order[%lld] is %d; expected 0 to %lld", (long long)i, l.order[i],
+                    (long long)l.in_features - 1);
+  return QLM_OK;
+}
+
+int check_nf4(const qlm_linear &l) {
+  if (l.block < 64 || l.block % 64 || l.in_features % l.block)
+    return fail(QLM_BAD_ARGUMENT,
+                "nf4 linear: blocks of %lld in rows of %lld; the kernels need a multiple of 64 that divides the row",
+                (long long)l.block, (long long)l.in_features);
+  const bool nested = l.absmax_code && l.nested_code && l.nested_absmax && l.nested_block > 0;
+  if (!l.scale && !nested) return fail(QLM_BAD_ARGUMENT, "nf4 linear: absmax is missing");
+  if (l.scale && l.scale_dtype != QLM_F32) return fail(QLM_BAD_ARGUMENT, "nf4 linear: absmax is not float32");
+  return QLM_OK;
+}
+
+int check(const qlm_linear &l) {
+  if (l.in_features < 1 || l.out_features < 1 || l.in_features > MOST_FEATURES || l.out_features > MOST_FEATURES)
+    return fail(QLM_BAD_ARGUMENT, "linear: %lld in, %lld out features; expected 1 to %lld", (long long)l.in_features,
+                (long long)l.out_features, (long long)MOST_FEATURES);
+  if (!l.weight) return fail(QLM_BAD_ARGUMENT, "linear: the weight is missing");
+  switch (l.format) {
+    case QLM_FLOAT:
+      if (is_float(l.weight_dtype)) return QLM_OK;
+      return fail(QLM_BAD_ARGUMENT, "float linear: dtype %d; expected float32, float16 or bfloat16", l.weight_dtype);
+    case QLM_INT8:
+      if (l.in_features > MOST_INT8_FEATURES)
+        return fail(QLM_BAD_ARGUMENT, "int8 linear: %lld in features; int32 sums hold at most %lld",
+                    (long long)l.in_features, (long long)MOST_INT8_FEATURES);
+      if (l.scale && is_float(l.scale_dtype) && l.row_sum) return QLM_OK;
+      return fail(QLM_BAD_ARGUMENT, "int8 linear: scales or row sums are missing");
+    case QLM_GPTQ: return check_gptq(l);
+    case QLM_NF4: return check_nf4(l);
+  }
+  return fail(QLM_BAD_ARGUMENT, "linear: format %d is not known", l.format);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Out features of one item: enough to read a while, few enough that all threads end at about the same time.
+int64_t item_features(const qlm_linear &l, const LinearKernel &kernel, int threads) {
+  const int64_t granule = kernel.granule(l);
+  const int64_t wanted = divide_up(l.out_features, 16 * threads);
+  return divide_up(wanted < 64 ? 64 : wanted, granule) * granule;
+}
+
+struct Arena {
+  void *data = nullptr;
+  ~Arena() { std::free(data); }
+  bool reserve(int64_t bytes) {
+    data = std::aligned_alloc(64, static_cast<size_t>(divide_up(bytes < 1 ? 1 : bytes, 64) * 64));
+    return data != nullptr;
+  }
+};
+
+}  // namespace
+
+bool same_preparation(const qlm_linear &a, const qlm_linear &b) {
+  if (a.format != b.format || a.in_features != b.in_features) return false;
+  switch (a.format) {
+    case QLM_INT8: return a.symmetric_input == b.symmetric_input;
+    case QLM_GPTQ: {
+      if (a.bits != b.bits || a.group_size != b.group_size) return false;
+      if (!a.order || !b.order) return a.order == b.order;
+      return a.order == b.order || !std::memcmp(a.order, b.order, static_cast<size_t>(a.in_features) * 4);
+    }
+    default: return true;
+  }
+}
+
+}  // namespace qlm
+
+using namespace qlm;
+
+int qlm_linear_check(const qlm_linear *linear) { return check(*linear); }
+
+int qlm_linear_forward(qlm_team *team, const qlm_linear *linear, int64_t tokens, const float *x, int64_t x_stride,
+                       float *y, int64_t y_stride) {
+  if (int status = check(*linear)) return status;
+  if (tokens < 0 || x_stride < linear->in_features || y_stride < linear->out_features)
+    return fail(QLM_BAD_ARGUMENT, "linear: %lld tokens, strides %lld and %lld for %lld in, %lld out features",
+                (long long)tokens, (long long)x_stride, (long long)y_stride, (long long)linear->in_features,
+                (long long)linear->out_features);
+  if (tokens == 0) return QLM_OK;
+  const LinearKernel &kernel = selected().linear[linear->format];
+  Arena prepared;
+  if (!prepared.reserve(kernel.prepared_bytes(*linear, tokens)))
+    return fail(QLM_NO_MEMORY, "linear: no memory for the activations of %lld tokens", (long long)tokens);
+  mapping_begin();
+  // Two calls and no barrier: a borrowed pool has none.
+  if (tokens == 1)
+    kernel.prepare(*linear, tokens, 0, x, prepared.data);
+  else
+    team->run([&](int) {
+      team->each(tokens, [&](int64_t t) { kernel.prepare(*linear, tokens, t, x + t * x_stride, prepared.data); });
+    });
+  const int64_t features = item_features(*linear, kernel, team->threads());
+  team->run([&](int) {
+    team->each(divide_up(linear->out_features, features), [&](int64_t item) {
+      const int64_t o0 = item * features, o1 = o0 + features < linear->out_features ? o0 + features : linear->out_features;
+      kernel.run(*linear, tokens, prepared.data, o0, o1, Epilogue{}, y, y_stride);
+    });
+  });
+  return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;
+}
+
+int qlm_int8_row_sums(qlm_team *team, const int8_t *weight, int64_t out_features, int64_t in_features, int32_t *sums) {
+  if (out_features < 1 || in_features < 1 || in_features > MOST_INT8_FEATURES)
+    return fail(QLM_BAD_ARGUMENT, "int8 row sums: %lld in, %lld out features; in features are 1 to %lld",
+                (long long)in_features, (long long)out_features, (long long)MOST_INT8_FEATURES);
+  mapping_begin();
+  team->run([&](int) {
+    team->each(divide_up(out_features, 64), [&](int64_t item) {
+      for (int64_t o = item * 64; o < out_features && o < item * 64 + 64; ++o)
+        sums[o] = static_cast<int32_t>(selected().sum_i8(weight + o * in_features, in_features));
+    });
+  });
+  return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;
+}
+
+int qlm_int8_quantize_rows(qlm_team *team, const void *weight, int32_t dtype, int64_t out_features, int64_t in_features,
+                           int8_t *codes, float *scale, int32_t *sums) {
+  if (out_features < 1 || in_features < 1 || in_features > MOST_INT8_FEATURES || !is_float(dtype))
+    return fail(QLM_BAD_ARGUMENT, "int8 rows: %lld in, %lld out features of dtype %d; in features are 1 to %lld",
+                (long long)in_features, (long long)out_features, dtype, (long long)MOST_INT8_FEATURES);
+  const int64_t row_bytes = in_features * (dtype == QLM_F32 ? 4 : 2);
+  mapping_begin();
+  team->run([&](int) {
+    team->each(divide_up(out_features, 64), [&](int64_t item) {
+      for (int64_t o = item * 64; o < out_features && o < item * 64 + 64; ++o) {
+        int8_t *row = codes + o * in_features;
+        selected().quantize_row_i8(static_cast<const char *>(weight) + o * row_bytes, dtype, in_features, row, scale + o);
+        sums[o] = static_cast<int32_t>(selected().sum_i8(row, in_features));
+      }
+    });
+  });
+  if (mapping_failed()) return fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read");
+  for (int64_t o = 0; o < out_features; ++o)
+    if (!std::isfinite(scale[o]))
+      return fail(QLM_NOT_FINITE, "int8 rows: row %lld has values that are not finite", (long long)o);
+  return QLM_OK;
+}
+
+int qlm_gptq_reorder(qlm_team *team, const int32_t *qweight, int32_t bits, int64_t in_features, int64_t out_features,
+                     const int32_t *order, int32_t *reordered) {
+  qlm_linear l = {};
+  l.format = QLM_GPTQ, l.bits = bits, l.in_features = in_features, l.out_features = out_features;
+  l.group_size = in_features, l.weight = qweight, l.order = order;
+  l.scale = l.zero_point = reinterpret_cast<const uint8_t *>("");
+  if (int status = check(l)) return status;
+  const int64_t period = bits == 3 ? 32 : 32 / bits, words = bits == 3 ? 3 : 1;
+  mapping_begin();
+  team->run([&](int) {
+    team->each(in_features / period, [&](int64_t item) {
+      int32_t *to = reordered + item * words * out_features;
+      std::memset(to, 0, static_cast<size_t>(words * out_features) * 4);
+      for (int64_t k = 0; k < period; ++k) {
+        const int64_t from = order[item * period + k];
+        const int64_t from_bit = from % period * bits, to_bit = k * bits;
+        const int32_t *word = qweight + (from / period * words + from_bit / 32) * out_features;
+        for (int64_t o = 0; o < out_features; ++o) {
+          // A code may go on in the next word, with 3 bits.
+          uint64_t code = static_cast<uint32_t>(word[o]);
+          if (from_bit % 32 + bits > 32) code |= static_cast<uint64_t>(static_cast<uint32_t>(word[out_features + o])) << 32;
+          code = (code >> (from_bit % 32) & ((1u << bits) - 1)) << (to_bit % 32);
+          int32_t *out = to + to_bit / 32 * out_features + o;
+          *out = static_cast<int32_t>(static_cast<uint32_t>(*out) | static_cast<uint32_t>(code));
+          if (code >> 32)
+            out[out_features] = static_cast<int32_t>(static_cast<uint32_t>(out[out_features]) | static_cast<uint32_t>(code >> 32));
+        }
+      }
+    });
+  });
+  return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;
+}
+
+int qlm_read_bandwidth(qlm_team *team, const void *data, int64_t bytes, double *gigabytes_per_s) {
+  if (bytes < 1) return fail(QLM_BAD_ARGUMENT, "read bandwidth: %lld bytes", (long long)bytes);
+  constexpr int64_t ITEM = 1 << 20;
+  mapping_begin();
+  uint64_t seen[256] = {};
+  const auto start = std::chrono::steady_clock::now();
+  team->run([&](int thread) {
+    team->each(divide_up(bytes, ITEM), [&](int64_t item) {
+      const int64_t from = item * ITEM;
+      seen[thread] ^= selected().read(static_cast<const char *>(data) + from, bytes - from < ITEM ? bytes - from : ITEM);
+    });
+  });
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (mapping_failed()) return fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read");
+  // What was read must be used, or a compiler might leave the reading out.
+  volatile uint64_t all = 0;
+  for (uint64_t one : seen) all = all ^ one;
+  *gigabytes_per_s = static_cast<double>(bytes) / 1e9 / seconds;
+  return QLM_OK;
+}
