@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlm.bench import Bench, bench
+    from qlm.engine.engine import Engine
     from qlm.evaluate import Evaluation, evaluate
     from qlm.generate import generate
     from qlm.load import load, load_tokenizer
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     from qlm.recipe import load_recipe
 
 __all__ = [
+    "Bench",
+    "Engine",
     "Evaluation",
+    "bench",
     "evaluate",
     "generate",
     "load",
@@ -27,8 +32,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Evaluation": "evaluate", "evaluate": "evaluate", "generate": "generate", "load": "load", "load_recipe": "recipe",
-    "load_tokenizer": "load", "quantize": "quantize", "quantize_model": "quantize",
+    "Bench": "bench", "Engine": "engine.engine", "Evaluation": "evaluate", "bench": "bench", "evaluate": "evaluate",
+    "generate": "generate", "load": "load", "load_recipe": "recipe", "load_tokenizer": "load", "quantize": "quantize",
+    "quantize_model": "quantize",
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from qlm.arch import FamilySpec, LinearGroup
 from qlm.backends import BACKENDS, Backend, QuantizedLinear, Statistics
 from qlm.calibrate import Stream
 from qlm.errors import UsageError
-from qlm.load import in_block, linear_paths
+from qlm.formats.layout import in_block
+from qlm.load import linear_paths
 from qlm.recipe import LinearSettings, QuantizeRecipe, settings_for, unmatched_globs
 
 

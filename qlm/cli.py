@@ -35,7 +35,14 @@ JsonFile = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a model on the hub.")]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")]
-Attention = Annotated[str, typer.Option("--attention", help="eager, sdpa or flash_attention_2.")]
+Attention = Annotated[
+    str | None, typer.Option("--attention", help="Of transformers: eager, sdpa (its default) or flash_attention_2.")
+]
+RuntimeName = Annotated[str | None, typer.Option("--runtime", help="engine (qlm's own, on CPUs) or transformers.")]
+Head = Annotated[str, typer.Option(help="Engine: hold the language-model head in int8 or float; auto: as the model.")]
+CacheDtype = Annotated[
+    str, typer.Option(help="Engine: dtype of keys and values: float32, float16, bfloat16, int8 or auto.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
 
 
@@ -171,15 +178,24 @@ def evaluate(
         int | None, typer.Option(min=2, help="Tokens in a window; the model's positions, at most 2048.")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    runtime: RuntimeName = "transformers",
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = None,
     threads: Threads = None,
+    head: Head = "auto",
+    cache_dtype: CacheDtype = "auto",
     json_file: JsonFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Perplexity of a model on a text, and KL divergence from a baseline."""
+    from qlm.engine.runtime import choose_runtime
+
+    chosen, _ = choose_runtime(
+        runtime or "transformers", model, device=device, dtype=dtype, attention=attention, head=head,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
     _set_threads(threads)
     from qlm.recipe import EvaluateRecipe
     from qlm.report import Reporter
@@ -193,7 +209,8 @@ def evaluate(
     with Reporter(quiet).progress("evaluate") as tell:
         result = evaluate_on(
             model, source, length=length, windows=windows, baseline=baseline, device=device, dtype=dtype,
-            attn_implementation=attention, tell=tell,
+            attn_implementation=attention or "sdpa", runtime=chosen, threads=threads, head=head, cache_dtype=cache_dtype,
+            tell=tell,
         )  # fmt: skip
     _show(result.to_json(), json_file)
 
@@ -201,7 +218,7 @@ def evaluate(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; give it again for several.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="Above 1 is wilder, below 1 tamer.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only.")] = None,
@@ -212,37 +229,85 @@ def generate(
     num_return_sequences: Annotated[int, typer.Option(min=1, help="How many continuations.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; give it again for several.")] = None,
+    runtime: RuntimeName = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = None,
     threads: Threads = None,
+    head: Head = "auto",
+    cache_dtype: CacheDtype = "auto",
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt, printing as it goes."""
-    _set_threads(threads)
-    from qlm.generate import generate as make_text
-    from qlm.load import load, load_tokenizer
+    """Continue prompts; one is printed as it goes. Runs on qlm's engine on CPUs, else on transformers."""
+    from qlm.engine.runtime import choose_runtime
+
+    chosen, why = choose_runtime(
+        runtime, model, device=device, dtype=dtype, attention=attention, head=head, cache_dtype=cache_dtype
+    )
+    if why:
+        typer.echo(f"qlm: note: running on transformers: {why}", err=True)
 
     def stream(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    streaming = num_return_sequences == 1 and str(json_file) != "-"
-    loaded, tokenizer = load(model, device=device, dtype=dtype, attn_implementation=attention), load_tokenizer(model)
-    if streaming:
-        stream(prompt)
-    texts = make_text(
-        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        repetition_penalty=repetition_penalty, num_return_sequences=num_return_sequences, seed=seed, greedy=greedy,
-        stream=stream if streaming else None,
-    )  # fmt: skip
+    streaming = num_return_sequences == 1 and len(prompt) == 1 and str(json_file) != "-"
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "repetition_penalty": repetition_penalty, "num_return_sequences": num_return_sequences, "seed": seed,
+        "greedy": greedy, "stop": stop or [], "stream": stream if streaming else None,
+    }  # fmt: skip
+    if chosen == "engine":
+        from qlm.engine.engine import Engine
+
+        with Engine(model, threads=threads, head=head, cache_dtype=cache_dtype) as engine:
+            if streaming:
+                stream(prompt[0])
+            texts = engine.generate(prompt, **options)
+    else:
+        _set_threads(threads)
+        from qlm.generate import generate as make_text
+        from qlm.load import load, load_tokenizer
+
+        loaded = load(model, device=device, dtype=dtype, attn_implementation=attention or "sdpa")
+        tokenizer = load_tokenizer(model)
+        if streaming:
+            stream(prompt[0])
+        texts = [make_text(loaded, tokenizer, each, **options) for each in prompt]
+    found = [{"prompt": each, "texts": of_it, "runtime": chosen} for each, of_it in zip(prompt, texts, strict=True)]
     if streaming:
         typer.echo()
     elif str(json_file) != "-":
-        for number, text in enumerate(texts, 1):
-            typer.echo(f"--- {number} ---\n{prompt}{text}")
-    _write_json({"prompt": prompt, "texts": texts}, json_file)
+        numbered = [each + text for each, of_it in zip(prompt, texts, strict=True) for text in of_it]
+        for number, text in enumerate(numbered, 1):
+            typer.echo(f"--- {number} ---\n{text}")
+    _write_json(found[0] if len(found) == 1 else found, json_file)
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, drawn at random.")] = 128,
+    new: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the medians count.")] = 5,
+    threads: Threads = None,
+    head: Head = "auto",
+    cache_dtype: CacheDtype = "auto",
+    revision: Revision = None,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Time the engine on this machine: prefill and decoding, beside the memory bandwidth that bounds it."""
+    from qlm.bench import bench as measure
+
+    result = measure(
+        model, prompt_tokens=prompt, new_tokens=new, batch=batch, repeats=repeats, revision=revision, threads=threads,
+        head=head, cache_dtype=cache_dtype,
+    )  # fmt: skip
+    _show(result.to_json(), json_file)
 
 
 @app.command()

@@ -15,7 +15,7 @@ applied to a few hundred rows at a time, to the baseline's rows beside the model
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from qlm.arch import FAMILIES
+from qlm.backends.base import activations_of
 from qlm.calibrate import bos_rule, evaluation_mode, text_ids
+from qlm.engine.engine import Engine
 from qlm.errors import DataError, UsageError
 
 # Tokens in one forward pass by default. More gains nothing on a CPU; on a GPU the head's slices dominate the memory.
@@ -52,6 +54,8 @@ class Evaluation:
         windows: number of windows.
         bos: the family's BOS rule, in words.
         data_sha256: of the text.
+        activations: what the model's linears did with activations: "float", "int8 per token" (the int8 format), "int8 in
+            groups of 128" (the CPU kernels of 4-bit formats, whose files do not ask for it), or several of these.
         seconds: wall time; the only field that differs from run to run.
     """
 
@@ -69,6 +73,7 @@ class Evaluation:
     protocol: str
     bos: str
     data_sha256: str
+    activations: str
     seconds: float
 
     def to_json(self) -> dict[str, object]:
@@ -140,14 +145,65 @@ def evaluate(
                 progress(first + len(batch), count)
 
     means = torch.cat(values).unbind(1)
-    perplexity, perplexity_stderr = _perplexity(means[0], "model")
     compared: list[tuple[float, float | None] | tuple[None, None]] = [(None, None)] * 3
     if baseline is not None:
         compared = [_perplexity(means[1], "baseline"), _mean(means[2]), _mean(means[3])]
+    return _evaluation(means[0], compared, length, bos, data_sha256, activations_of(model), started)
+
+
+def evaluate_engine(
+    engine: Engine,
+    ids: Tensor,
+    *,
+    length: int,
+    data_sha256: str,
+    bos: str,
+    batch_size: int | None = None,
+    windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """`evaluate` with the CPU engine: the same windows, the same tokens predicted, the same standard error; no baseline.
+
+    Raises UsageError and DataError as `evaluate`.
+    """
+    started = time.perf_counter()
+    _check_numbers(length, batch_size, windows)
+    _check_ids(ids, length, engine.decoder.vocabulary)
+    _check_length(length, engine.decoder.positions, "model")
+    count = len(ids) // length if windows is None else min(windows, len(ids) // length)
+    batch_size = batch_size or max(1, BATCH_TOKENS // length)
+    cut = ids[: count * length].view(count, length).numpy()
+    means = torch.empty(count, dtype=torch.float64)
+    if progress is not None:
+        progress(0, count)
+    for first in range(0, count, batch_size):
+        batch = list(cut[first : first + batch_size])
+        for window, log_p in enumerate(engine.score(batch), first):
+            means[window] = -float(log_p.mean(dtype="float64"))
+            if not math.isfinite(float(means[window])):
+                raise DataError(f"model: log-probabilities are NaN or infinite in window {window} of {count}")
+        if progress is not None:
+            progress(first + len(batch), count)
+    activations = str(engine.facts["activations"])
+    return _evaluation(means, [(None, None)] * 3, length, bos, data_sha256, activations, started)
+
+
+def _evaluation(
+    nll: Tensor,
+    compared: Sequence[tuple[float, float | None] | tuple[None, None]],
+    length: int,
+    bos: str,
+    data_sha256: str,
+    activations: str,
+    started: float,
+) -> Evaluation:
+    """The result from the windows' mean negative log-likelihoods, float64 [windows], in nats, and from (value, standard
+    error) of what is compared with a baseline: its perplexity, KL, same-top-1."""
+    perplexity, perplexity_stderr = _perplexity(nll, "model")
     return Evaluation(
         perplexity=perplexity,
         perplexity_stderr=perplexity_stderr,
-        tokens=count * (length - 1),
+        tokens=len(nll) * (length - 1),
         kl_divergence=compared[1][0],
         kl_stderr=compared[1][1],
         same_top1=compared[2][0],
@@ -155,20 +211,42 @@ def evaluate(
         baseline_perplexity=compared[0][0],
         baseline_perplexity_stderr=compared[0][1],
         length=length,
-        windows=count,
+        windows=len(nll),
         protocol=PROTOCOL.format(length=length, predicted=length - 1),
         bos=bos,
         data_sha256=data_sha256,
+        activations=activations,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_numbers(length: int, batch_size: int | None, windows: int | None) -> None:
+    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise UsageError(f"{name} {value!r}: expected a whole number of at least {least}")
+
+
+def _check_length(length: int, positions: int, side: str) -> None:
+    if length > positions:
+        raise UsageError(f"length {length}: the {side} has {positions} positions; take at most {positions}")
+
+
+def _check_ids(ids: Tensor, length: int, vocabulary: int) -> None:
+    if len(ids) < length:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, and one window needs {length}: give a longer text or a smaller length"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        wrong = int(ids.max()) if int(ids.max()) >= vocabulary else int(ids.min())
+        raise DataError(
+            f"the text has the id {wrong}, and the model has {vocabulary}: the tokenizer is another model's"
+        )
 
 
 def _check_arguments(
     sides: dict[str, Any], ids: Tensor, length: int, batch_size: int | None, windows: int | None
 ) -> None:
-    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise UsageError(f"{name} {value!r}: expected a whole number of at least {least}")
+    _check_numbers(length, batch_size, windows)
     if ids.ndim != 1 or ids.dtype != torch.int64:
         raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}: expected the whole text as int64 [N]")
     vocabularies = set()
@@ -180,22 +258,11 @@ def _check_arguments(
             raise UsageError(
                 f"{side}: a {type(model).__name__} has no language-model head; load it for the task causal-lm"
             )
-        positions = int(getattr(model.config, spec.positions))
-        if length > positions:
-            raise UsageError(f"length {length}: the {side} has {positions} positions; take at most {positions}")
+        _check_length(length, int(getattr(model.config, spec.positions)), side)
         vocabularies.add(int(model.config.vocab_size))
     if len(vocabularies) > 1:
         raise UsageError(f"model and baseline have {sorted(vocabularies)} tokens: expected the same vocabulary")
-    if len(ids) < length:
-        raise UsageError(
-            f"the text has {len(ids)} tokens, and one window needs {length}: give a longer text or a smaller length"
-        )
-    vocabulary = vocabularies.pop()
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        wrong = int(ids.max()) if int(ids.max()) >= vocabulary else int(ids.min())
-        raise DataError(
-            f"the text has the id {wrong}, and the model has {vocabulary}: the tokenizer is another model's"
-        )
+    _check_ids(ids, length, vocabularies.pop())
 
 
 def _hidden_states(model: Any, batch: Tensor) -> Tensor:

@@ -15,9 +15,15 @@ from torch import Tensor, nn
 
 from qlm.arch import FamilySpec, Task
 from qlm.backends import BACKENDS, Backend, backend_of
-from qlm.backends.quanto import MAP_FILE as QUANTO_MAP
-from qlm.checkpoint.reader import Checkpoint, check_tensors, read_config
-from qlm.errors import DataError, MissingInput, Unavailable, UsageError
+from qlm.checkpoint.config import read_config
+from qlm.checkpoint.expected import check_tied_head, embedding_dtype, match_tensors, published_name
+from qlm.checkpoint.reader import Checkpoint
+from qlm.errors import DataError, Unavailable, UsageError
+from qlm.formats import QUANTO_MAP
+from qlm.formats.dtypes import FLOATS as FLOAT_NAMES
+from qlm.formats.dtypes import torch_dtype
+from qlm.formats.layout import TensorLayout
+from qlm.tokenizer import read_tokenizer, special_tokens
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
@@ -117,27 +123,10 @@ def linear_paths(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def in_block(path: str) -> bool:
-    """Whether a path leads into one of the blocks: those are the only lists in these families."""
-    return any(part.isdigit() for part in path.split("."))
-
-
 def block_paths(spec: FamilySpec, model: Any) -> list[str]:
     """Path of each block in the model."""
     prefix = spec.blocks if type(model).__name__ == spec.model_classes["base"] else f"{spec.prefix}.{spec.blocks}"
     return [f"{prefix}.{i}" for i in range(len(model.get_submodule(prefix)))]
-
-
-def _file_name(spec: FamilySpec, name: str, task: Task, files: Checkpoint, base_only: bool) -> str:
-    """A tensor's name in the files: the head under its published name, the base model with or without its prefix."""
-    head = f"{spec.head}."
-    if task == "causal-lm" and name.startswith(head):
-        published = f"{spec.published_head}.{name.removeprefix(head)}"
-        # GPTQModel writes GPT-NeoX's head under its name in memory.
-        return name if published not in files.tensors and name in files.tensors else published
-    if task == "base":
-        return name if base_only else f"{spec.prefix}.{name}"
-    return name.removeprefix(f"{spec.prefix}.") if base_only else name
 
 
 def open_source(
@@ -158,48 +147,40 @@ def open_source(
     config = build_config(spec, fields)
     empty = skeleton(spec, config, task, attn_implementation)
 
-    tensors = checkpoint.tensors
-    base_only = not any(name.startswith(f"{spec.prefix}.") for name in tensors)
-    embedding = (spec.embedding if base_only else f"{spec.prefix}.{spec.embedding}") + ".weight"
-    dtype = tensors[embedding].dtype if embedding in tensors else torch.float32
+    dtype = torch_dtype(embedding_dtype(checkpoint, spec))
     backend, scheme = _read_scheme(checkpoint, empty, f"{spec.prefix}." if task == "base" else "", dtype)
 
-    expected: dict[str, tuple[tuple[int, ...], frozenset[torch.dtype]]] = {}
-    optional: set[str] = set()
-    file_names: dict[str, str] = {}
-
-    def expect(name: str, shape: tuple[int, ...], dtypes: frozenset[torch.dtype]) -> None:
-        file_names[name] = _file_name(spec, name, task, checkpoint, base_only)
-        expected[file_names[name]] = (shape, dtypes)
-
-    tied = set(tied_names(spec, config, task))
+    expected: dict[str, TensorLayout] = {}
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         path = name.rpartition(".")[0]
         if path in scheme and name.endswith(".weight"):
             assert backend is not None
             rows, columns = parameter.shape
             for suffix, layout in backend.layout((rows, columns), scheme[path]).items():
-                expect(f"{path}.{suffix}", layout.shape, layout.dtypes)
+                expected[f"{path}.{suffix}"] = layout
         else:
-            expect(name, tuple(parameter.shape), FLOATS)
-        if name in tied:
-            optional.add(file_names[name])
-        if new_head and task not in ("causal-lm", "base") and not name.startswith(f"{spec.prefix}."):
-            optional.add(file_names[name])
+            expected[name] = TensorLayout(tuple(parameter.shape), FLOAT_NAMES)
 
-    for name in optional:
-        if name not in tensors:
-            del expected[name]
-    prefix = "" if base_only else rf"{spec.prefix}\."
-    ignored = [prefix + pattern for pattern in spec.ignored_tensors]
+    optional = set(tied_names(spec, config, task))
+    if new_head and task not in ("causal-lm", "base"):
+        optional |= {name for name in expected if not name.startswith(f"{spec.prefix}.")}
+    ignored = []
     if task != "causal-lm":
         ignored.append(rf"({spec.published_head}|{spec.head})\.weight")
     if new_head or task == "base":
         ignored.append(r"(score|qa_outputs|classifier)\.(weight|bias)")
-    check_tensors(checkpoint, expected, ignored)
-    source = Source(checkpoint, spec, config, backend, scheme, file_names, dtype)
-    _check_tied_head(source, task)
-    return source, empty
+    published = {name: published_name(spec, name, task) for name in expected}
+    in_files = match_tensors(
+        checkpoint,
+        spec,
+        {published[name]: layout for name, layout in expected.items()},
+        optional={published[name] for name in optional},
+        ignored=ignored,
+    )
+    file_names = {name: in_files[published[name]] for name in expected}
+    for name in tied_names(spec, config, task):
+        check_tied_head(checkpoint, file_names[name], file_names[f"{spec.prefix}.{spec.embedding}.weight"])
+    return Source(checkpoint, spec, config, backend, scheme, file_names, dtype), empty
 
 
 def _read_scheme(
@@ -221,18 +202,6 @@ def _read_scheme(
 def tied_names(spec: FamilySpec, config: Any, task: Task) -> list[str]:
     """Names of the parameters that are the embedding under another name."""
     return [f"{spec.head}.weight"] if task == "causal-lm" and config.tie_word_embeddings else []
-
-
-def _check_tied_head(source: Source, task: Task) -> None:
-    """Some files repeat the tied head. If the copies differ, either reading is wrong for somebody."""
-    for name in tied_names(source.spec, source.config, task):
-        if source.file_names[name] in source.checkpoint.tensors:
-            embedding = f"{source.spec.prefix}.{source.spec.embedding}.weight"
-            if not torch.equal(source.read(name), source.read(embedding)):
-                raise DataError(
-                    f"{source.file_names[name]}: differs from {source.file_names[embedding]}, but config.json ties them "
-                    "(tie_word_embeddings); set it to false if the head is its own matrix"
-                )
 
 
 def fill(model: Any, source: Source, path: str = "", *, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -364,71 +333,16 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
     """The checkpoint's tokenizer as transformers' PreTrainedTokenizerFast, with BOS by the family's rule.
 
-    Reads tokenizer.json, or vocab.json and merges.txt (byte-level BPE: the official OPT repositories have only those). Which class and
-    which special tokens is decided by family and config.json, never by tokenizer_config.json. OPT's first id is always 2 (`</s>`);
-    the other families add nothing.
+    See tokenizer.py for what is read and what is refused.
     """
-    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     checkpoint = Checkpoint.open(model, revision)
     spec, fields = read_config(checkpoint)
-    tokenizer = _read_tokenizer(checkpoint)
-
-    def token(key: str) -> str | None:
-        index = fields.get(key)
-        if isinstance(index, list):
-            index = index[0] if index else None
-        return tokenizer.id_to_token(index) if isinstance(index, int) and index >= 0 else None
-
-    bos = tokenizer.id_to_token(spec.bos_id) if spec.bos_id is not None else token("bos_token_id")
-    specials = {"bos_token": bos, "eos_token": token("eos_token_id"), "pad_token": token("pad_token_id")}
-    if spec.bos_first:
-        if bos is None:
-            raise DataError(
-                f"{checkpoint.folder}: the tokenizer has no token {spec.bos_id}, with which every text starts"
-            )
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, spec.bos_id)]
-        )
-    else:
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    wrapped = PreTrainedTokenizerFast(
+    tokenizer = read_tokenizer(checkpoint)
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=int(fields[spec.positions]) if spec.positions in fields else 2048,
+        model_max_length=int(fields[spec.positions]),
         clean_up_tokenization_spaces=False,
-        **{name: value for name, value in specials.items() if value is not None},
+        **special_tokens(spec, fields, tokenizer),
     )
-    ids = wrapped("a").input_ids
-    plain = wrapped("a", add_special_tokens=False).input_ids
-    wanted = [spec.bos_id, *plain] if spec.bos_first else plain
-    if ids != wanted or not plain:
-        raise DataError(f"{checkpoint.folder}: the tokenizer turns 'a' into {ids}, expected {wanted}")
-    return wrapped
-
-
-def _read_tokenizer(checkpoint: Checkpoint) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    single, vocabulary, merges = (checkpoint.path(n) for n in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if single is None and (vocabulary is None or merges is None):
-        raise MissingInput(f"{checkpoint.folder}: no tokenizer.json, and no vocab.json with merges.txt")
-    content = checkpoint.read_json("tokenizer.json")
-    if content is not None and "Precompiled" in str(content.get("normalizer")):
-        # SentencePiece's; its reader panics on damaged ones, and prints that before it can be caught.
-        raise DataError(f"{single}: has a Precompiled normalizer, which no tokenizer of these families has")
-    try:
-        if single is not None:
-            return Tokenizer.from_str(single.read_text("utf-8"))
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
-    except BaseException as error:
-        # A panic of the Rust side is no Exception; Ctrl-C and SIGTERM are none either, and pass.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        name = "tokenizer.json" if single is not None else "vocab.json and merges.txt"
-        raise DataError(f"{checkpoint.folder}: {name}: not a tokenizer: {str(error) or type(error).__name__}") from None

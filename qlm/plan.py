@@ -19,6 +19,7 @@ from qlm.backends import BACKENDS
 from qlm.blocks import choose_settings, stages_of
 from qlm.calibrate import BATCH_TOKENS, calibration_dtype, window_length
 from qlm.errors import CannotCreate, Unavailable, UsageError
+from qlm.formats.dtypes import DTYPES
 from qlm.load import block_paths, check_attention, open_source, tied_names
 from qlm.recipe import Recipe
 
@@ -124,7 +125,7 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
             layout = backend.layout((rows, columns), backend.format(chosen[path], dtype))
             # A size that the layout leaves open belongs to a tensor of a few hundred bytes.
             stored[name] = sum(
-                math.prod(512 if size < 0 else size for size in item.shape) * min(d.itemsize for d in item.dtypes)
+                math.prod(512 if size < 0 else size for size in item.shape) * min(DTYPES[d] for d in item.dtypes)
                 for item in layout.values()
             )
         else:

@@ -5,12 +5,10 @@ renamed into place. The same call after an interruption goes on from the last fi
 again through the finished ones, with the same operations on the same bytes, so that the result is the same to the last bit.
 """
 
-import ctypes
 import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from qlm.calibrate import (
 from qlm.checkpoint import manifest
 from qlm.checkpoint.files import PartialFolder, tidy
 from qlm.errors import DataError, UsageError
+from qlm.formats.dtypes import torch_dtype
 from qlm.load import (
     Source,
     block_paths,
@@ -45,6 +44,7 @@ from qlm.load import (
     open_source,
     set_parameter,
 )
+from qlm.memory import release_memory
 from qlm.recipe import (
     CalibrationRecipe,
     LinearSettings,
@@ -336,7 +336,7 @@ def _replay(job: _Job, path: str, tensors: Mapping[str, Tensor]) -> None:
                 if key.startswith(f"{name}.")
             }
             own.pop("bias", None)
-            stored = source.checkpoint.tensors[source.file_names[f"{name}.weight"]].dtype
+            stored = torch_dtype(source.checkpoint.tensors[source.file_names[f"{name}.weight"]].dtype)
             use_dequantized(block, name.removeprefix(f"{path}."), own, backend, settings, stored)
 
 
@@ -350,12 +350,6 @@ def _empty(model: nn.Module, path: str) -> None:
     for name, _ in list(model.get_submodule(path).named_parameters()):
         _forget(model, f"{path}.{name}")
     release_memory()
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps freed tensors of up to 32 MB, and its heap grew by a shard with every block."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _write_descriptions(partial: PartialFolder, job: _Job, recipe: Recipe, identity: Mapping[str, Any]) -> None:

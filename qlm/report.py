@@ -1,21 +1,23 @@
 """Results for people: tables on the terminal, progress, and what is in a folder. Rich is used here and in cli.py only."""
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qlm.evaluate import Evaluation
-from qlm.load import block_paths, in_block, linear_paths, open_source
-from qlm.quantize import QuantizeResult
+from qlm.formats.layout import in_block
+
+# At run time these import torch, and the commands that use the CPU engine do without.
+if TYPE_CHECKING:
+    from qlm.evaluate import Evaluation
+    from qlm.quantize import QuantizeResult
 
 # A plain line this often where there is no terminal to draw a bar on.
 PLAIN_SECONDS = 10.0
@@ -28,8 +30,8 @@ class Row:
     recipe: str
     model: str
     backend: str
-    result: QuantizeResult
-    evaluation: Evaluation | None
+    result: "QuantizeResult"
+    evaluation: "Evaluation | None"
     quantize_seconds: float
     evaluate_seconds: float
     peak_memory: int
@@ -154,13 +156,11 @@ class Steps:
 
 def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     """What is in a model folder, from headers alone: family, shapes, backend, bits per weight, bytes by part."""
+    from qlm.load import block_paths, linear_paths, open_source
+
     source, empty = open_source(model, revision=revision)
     tensors = source.checkpoint.tensors
-    sizes = {
-        name: math.prod(tensors[stored].shape) * tensors[stored].dtype.itemsize
-        for name, stored in source.file_names.items()
-        if stored in tensors
-    }
+    sizes = {name: tensors[stored].bytes for name, stored in source.file_names.items() if stored in tensors}
     quantized = dict.fromkeys(source.scheme, 0)
     parts = {
         "quantized linears": 0,

@@ -1,39 +1,21 @@
 """A recipe from start to end: refuse early, quantize, measure against the float model, and give a row for the table."""
 
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from qlm.arch import FAMILIES
 from qlm.calibrate import Text, bos_rule, read_text, text_ids, window_length
-from qlm.evaluate import Evaluation, evaluate
+from qlm.engine.engine import Engine
+from qlm.engine.runtime import Runtime
+from qlm.errors import UsageError
+from qlm.evaluate import Evaluation, evaluate, evaluate_engine
 from qlm.load import load, load_tokenizer
+from qlm.memory import peak_memory
 from qlm.plan import plan, refuse_if_too_large
-from qlm.quantize import quantize, release_memory
+from qlm.quantize import quantize
 from qlm.recipe import DataSource, Recipe
 from qlm.report import Row, Steps
-
-
-def peak_memory(reset: bool = False) -> int:
-    """Peak resident bytes of this process since the last reset (Linux), or since it started."""
-    if reset:
-        # What an earlier recipe left behind is not this one's.
-        gc.collect()
-        release_memory()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def evaluate_on(
@@ -48,10 +30,37 @@ def evaluate_on(
     device: str = "cpu",
     dtype: str | None = None,
     attn_implementation: str = "sdpa",
+    runtime: Runtime = "transformers",
+    threads: int | None = None,
+    head: str = "auto",
+    cache_dtype: str = "auto",
     tell: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of a model on a text, and its KL divergence from `baseline`, by the canonical protocol (evaluate.py)."""
+    """Perplexity of a model on a text, and its KL divergence from `baseline`, by the canonical protocol (evaluate.py).
+
+    threads, head, cache_dtype: of the engine, where that is the `runtime`; it knows no baseline.
+    """
+    if runtime == "engine" and baseline is not None:
+        raise UsageError(
+            "a baseline with the engine: perplexity alone is measured there; leave out --baseline, or take "
+            "--runtime transformers"
+        )
     text = source if isinstance(source, Text) else read_text(source)
+    if runtime == "engine":
+        with Engine(model, revision=revision, threads=threads, head=head, cache_dtype=cache_dtype) as engine:
+            size = window_length(length, engine.decoder.positions)
+            ids = text_ids(load_tokenizer(model, revision=revision), text.joined, engine.spec)
+            if isinstance(tell, Steps):
+                tell.tokens_per_unit["evaluate"] = size
+            return evaluate_engine(
+                engine,
+                ids,
+                length=size,
+                windows=windows,
+                data_sha256=text.sha256,
+                bos=bos_rule(engine.spec),
+                progress=None if tell is None else lambda done, total: tell("evaluate", done, total),
+            )
     loaded = load(model, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation)
     other = None
     if baseline is not None:

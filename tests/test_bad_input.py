@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlm.kernels import cpu
 from tests import tiny_models
 from tests.conftest import FAMILIES, Cli, command, names_below, recipe_text
 
@@ -141,7 +142,9 @@ class TestModels:
         def check(code: int, model: Path, *, words: tuple[str, ...], everywhere: bool = True) -> None:
             line = refused(code, recipe_file(model, tmp_path / "out"), words=words)
             if everywhere:
-                for arguments in (["inspect", model], ["generate", model, "--prompt", "a", "--max-new-tokens", 2]):
+                generate = ["generate", model, "--prompt", "a", "--max-new-tokens", 2, "--runtime"]
+                runtimes = ["transformers", *(["engine"] if cpu.available() else [])]
+                for arguments in (["inspect", model], *([*generate, runtime] for runtime in runtimes)):
                     assert cli.fails(code, *arguments) == line
 
         return check

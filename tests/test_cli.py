@@ -19,6 +19,7 @@ import typer
 
 import qlm
 import qlm.cli
+from qlm.kernels import cpu
 from qlm.recipe import json_schema
 from tests import tiny_models
 from tests.conftest import BACKENDS, FAMILIES, ROOT, Cli, command, files_of
@@ -31,9 +32,10 @@ EVALUATION_KEYS = {
     "data_sha256", "seconds",
 }  # fmt: skip
 COMMANDS = (
-    "quantize", "plan", "validate", "schema", "recipes", "evaluate", "generate", "inspect", "verify", "doctor"
+    "quantize", "plan", "validate", "schema", "recipes", "evaluate", "generate", "bench", "inspect", "verify", "doctor"
 )  # fmt: skip
 TREE = typer.main.get_command(qlm.cli.app)
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="qlm was installed without its CPU kernels")
 
 
 def measured(text: Path) -> str:
@@ -261,6 +263,35 @@ class TestEvaluate:
             results.append(json.loads(out)["perplexity"])
         assert results[0] == results[1]
 
+    @needs_kernels
+    @pytest.mark.parametrize("variant", FAMILIES)
+    def test_engine_gives_the_same(self, variant: str, cli: Cli, folder_of: Folder, text_file: Path) -> None:
+        results = {}
+        for runtime in ("transformers", "engine"):
+            options = ("--data", text_file, "--length", 32, "--windows", 20, "--runtime", runtime, "--json", "-", "-q")
+            code, out, err = cli("evaluate", folder_of(variant), *options)
+            assert (code, err) == (0, "")
+            results[runtime] = json.loads(out)
+            del results[runtime]["seconds"]
+        for key in ("perplexity", "perplexity_stderr"):
+            values = [result.pop(key) for result in results.values()]
+            assert values[0] == pytest.approx(values[1], rel=1e-4)
+        assert results["engine"] == results["transformers"]
+
+    def test_options_of_the_engine(self, cli: Cli, folder_of: Folder, text_file: Path) -> None:
+        arguments = ("evaluate", folder_of("opt"), "--data", text_file, "-q")
+        assert "--runtime engine" in cli.fails(2, *arguments, "--head", "int8")
+        assert "expected one of engine, transformers" in cli.fails(2, *arguments, "--runtime", "torch")
+        for option in (("--dtype", "float32"), ("--attention", "eager"), ("--device", "cuda")):
+            assert " ".join(option) in cli.fails(2, *arguments, "--runtime", "engine", *option)
+
+    @needs_kernels
+    def test_the_engine_knows_no_baseline(self, cli: Cli, folder_of: Folder, text_file: Path) -> None:
+        line = cli.fails(
+            2, "evaluate", folder_of("opt"), "--data", text_file, "--runtime", "engine", "--baseline", folder_of("opt"), "-q"
+        )  # fmt: skip
+        assert "leave out --baseline, or take --runtime transformers" in line
+
     def test_options_that_cannot_be(self, cli: Cli, folder_of: Folder, text_file: Path) -> None:
         model = folder_of("opt")
         data = ("--data", text_file)
@@ -271,47 +302,174 @@ class TestEvaluate:
         assert "nothing.txt" in cli.fails(66, "evaluate", model, "--data", "nothing.txt", "-q")
 
 
+@pytest.mark.parametrize("runtime", [pytest.param("engine", marks=needs_kernels), "transformers"])
 class TestGenerate:
-    OPTIONS = ("--prompt", "The module", "--max-new-tokens", 8)
+    @pytest.fixture
+    def options(self, runtime: str) -> tuple[Any, ...]:
+        return ("--prompt", "The module", "--max-new-tokens", 8, "--runtime", runtime)
 
-    def test_greedy_streams_prompt_and_text(self, cli: Cli, folder_of: Folder) -> None:
-        runs = [cli("generate", folder_of("opt"), *self.OPTIONS, "--greedy") for _ in range(2)]
+    def test_greedy_streams_prompt_and_text(self, cli: Cli, folder_of: Folder, options: tuple[Any, ...]) -> None:
+        runs = [cli("generate", folder_of("opt"), *options, "--greedy") for _ in range(2)]
         assert runs[0] == runs[1]
         code, out, err = runs[0]
         assert (code, err) == (0, "")
         assert out.startswith("The module")
         assert out.endswith("\n")
-        _, as_json, _ = cli("generate", folder_of("opt"), *self.OPTIONS, "--greedy", "--json", "-")
+        _, as_json, _ = cli("generate", folder_of("opt"), *options, "--greedy", "--json", "-")
         value = json.loads(as_json)
         assert value["prompt"] + value["texts"][0] + "\n" == out
+        assert value["runtime"] == options[-1]
 
-    def test_seed(self, cli: Cli, folder_of: Folder) -> None:
+    def test_seed(self, cli: Cli, folder_of: Folder, options: tuple[Any, ...]) -> None:
         def text(seed: int) -> str:
-            options = (*self.OPTIONS, "--seed", seed, "--top-k", 50, "--top-p", 0.9, "--temperature", 1.2)
-            code, out, err = cli("generate", folder_of(FAMILIES[2]), *options, "--repetition-penalty", 1.1)
+            more = ("--seed", seed, "--top-k", 50, "--top-p", 0.9, "--temperature", 1.2)
+            code, out, err = cli("generate", folder_of(FAMILIES[2]), *options, *more, "--repetition-penalty", 1.1)
             assert (code, err) == (0, "")
             return out
 
         assert text(1) == text(1)
         assert len({text(seed) for seed in range(4)}) > 1
 
-    def test_several(self, cli: Cli, folder_of: Folder, tmp_path: Path) -> None:
-        options = ("--num-return-sequences", 3, "--seed", 1, "--json", tmp_path / "texts.json")
-        code, out, _ = cli("generate", folder_of(FAMILIES[1]), *self.OPTIONS, *options)
+    def test_several(self, cli: Cli, folder_of: Folder, tmp_path: Path, options: tuple[Any, ...]) -> None:
+        more = ("--num-return-sequences", 3, "--seed", 1, "--json", tmp_path / "texts.json")
+        code, out, _ = cli("generate", folder_of(FAMILIES[1]), *options, *more)
         assert code == 0
         texts = json.loads((tmp_path / "texts.json").read_text("utf-8"))["texts"]
         assert len(texts) == 3
         assert out == "".join(f"--- {n} ---\nThe module{text}\n" for n, text in enumerate(texts, 1))
 
-    def test_options_that_contradict(self, cli: Cli, folder_of: Folder) -> None:
-        assert "greedy" in cli.fails(
-            2, "generate", folder_of("opt"), *self.OPTIONS, "--greedy", "--num-return-sequences", 2
+    def test_several_prompts(self, cli: Cli, folder_of: Folder, tmp_path: Path, options: tuple[Any, ...]) -> None:
+        more = ("--prompt", "A longer one, of more words", "--greedy")
+        code, out, _ = cli("generate", folder_of(FAMILIES[1]), *options, *more, "--json", tmp_path / "texts.json")
+        assert code == 0
+        found = json.loads((tmp_path / "texts.json").read_text("utf-8"))
+        assert [each["prompt"] for each in found] == ["The module", "A longer one, of more words"]
+        whole = [each["prompt"] + each["texts"][0] for each in found]
+        assert out == "".join(f"--- {n} ---\n{text}\n" for n, text in enumerate(whole, 1))
+        alone = cli("generate", folder_of(FAMILIES[1]), *options, "--greedy")[1]
+        assert alone == whole[0] + "\n"
+
+    def test_stop(self, cli: Cli, folder_of: Folder, options: tuple[Any, ...]) -> None:
+        text = json.loads(cli("generate", folder_of("opt"), *options, "--greedy", "--json", "-")[1])["texts"][0]
+        code, out, _ = cli("generate", folder_of("opt"), *options, "--greedy", "--stop", "no such", "--stop", text[3:5])
+        assert (code, out) == (0, "The module" + text[: text.index(text[3:5])] + "\n")
+        assert "stop ['']: expected" in cli.fails(
+            2, "generate", folder_of("opt"), *options, "--stop", "", "--json", "-"
         )
-        found, out, err = cli("generate", folder_of("opt"), "--prompt", "a " * 200)
+
+    def test_options_that_contradict(self, cli: Cli, folder_of: Folder, options: tuple[Any, ...], runtime: str) -> None:
+        assert "greedy" in cli.fails(2, "generate", folder_of("opt"), *options, "--greedy", "--top-k", 2, "--json", "-")
+        found, out, err = cli("generate", folder_of("opt"), "--prompt", "a " * 200, "--runtime", runtime)
         assert found == 2
         assert "positions" in err
         assert err.count("\n") == 1
         assert len(out.splitlines()) <= 1
+
+
+class TestRuntime:
+    OPTIONS = ("--prompt", "The module", "--max-new-tokens", 4, "--greedy", "--json", "-")
+
+    @needs_kernels
+    def test_the_engine_is_the_default_on_cpus(
+        self, cli: Cli, quantized: Callable[[str], Path], folder_of: Folder
+    ) -> None:
+        for folder in (folder_of("opt"), quantized("int8"), quantized("nf4"), quantized("gptq")):
+            code, out, err = cli("generate", folder, *self.OPTIONS)
+            assert (code, err) == (0, "")
+            assert json.loads(out)["runtime"] == "engine"
+
+    @needs_kernels
+    @pytest.mark.parametrize("variant", FAMILIES)
+    def test_both_give_the_same_text(self, variant: str, cli: Cli, folder_of: Folder) -> None:
+        options = ("--prompt", "The module", "--max-new-tokens", 30, "--greedy", "--json", "-", "--runtime")
+        texts = [
+            json.loads(cli("generate", folder_of(variant), *options, runtime)[1])["texts"]
+            for runtime in ("engine", "transformers")
+        ]
+        assert texts[0] == texts[1]
+
+    def test_transformers_says_why(self, cli: Cli, quantized: Callable[[str], Path], folder_of: Folder) -> None:
+        for folder, options, reason in (
+            (quantized("quanto"), (), "the checkpoint is quanto's"),
+            (folder_of("opt"), ("--dtype", "bfloat16"), "--dtype bfloat16: the engine computes in float32"),
+            (folder_of("opt"), ("--attention", "eager"), "--attention eager: the engine has an attention of its own"),
+        ):
+            code, out, err = cli("generate", folder, *self.OPTIONS, *options)
+            assert (code, json.loads(out)["runtime"]) == (0, "transformers")
+            assert err.startswith(f"qlm: note: running on transformers: {reason}")
+            assert err.count("\n") == 1
+            assert cli("generate", folder, *self.OPTIONS, *options, "--runtime", "transformers") == (0, out, "")
+
+    @needs_kernels
+    def test_quanto_on_the_engine(self, cli: Cli, quantized: Callable[[str], Path]) -> None:
+        line = cli.fails(2, "generate", quantized("quanto"), *self.OPTIONS, "--runtime", "engine")
+        assert "--runtime transformers" in line
+
+    def test_options_that_cannot_be_honoured(self, cli: Cli, folder_of: Folder) -> None:
+        for options, words in (
+            (("--runtime", "engine", "--device", "cuda"), "--device cuda with --runtime engine"),
+            (("--runtime", "engine", "--dtype", "float32"), "--dtype float32 with --runtime engine"),
+            (("--runtime", "engine", "--attention", "sdpa"), "--attention sdpa with --runtime engine"),
+            (("--head", "int8", "--attention", "sdpa"), "--attention sdpa with --head int8"),
+            (("--runtime", "transformers", "--head", "float"), "--head float: an option of the engine"),
+            (("--runtime", "transformers", "--cache-dtype", "int8"), "--cache-dtype int8: an option of the engine"),
+            (("--runtime", "llama.cpp"), "--runtime llama.cpp: expected one of engine, transformers"),
+        ):
+            assert words in cli.fails(2, "generate", folder_of("opt"), *self.OPTIONS, *options)
+
+    def test_without_the_native_library(self, cli: Cli, folder_of: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("qlm.kernels.cpu.why_not_available", lambda: "qlm's CPU kernels are not installed")
+        line = cli.fails(69, "generate", folder_of("opt"), *self.OPTIONS)
+        assert line.endswith("qlm's CPU kernels are not installed; or take --runtime transformers")
+        assert cli("generate", folder_of("opt"), *self.OPTIONS, "--runtime", "transformers")[0] == 0
+
+    @needs_kernels
+    @pytest.mark.parametrize(
+        "arguments", [("generate", "--prompt", "a", "--max-new-tokens", "2"), ("bench", "--prompt", "4", "--new", "2")]
+    )
+    def test_no_torch(self, arguments: tuple[str, ...], folder_of: Folder) -> None:
+        verb, *options = arguments
+        code = (
+            "import sys; from qlm.cli import main\ntry: main(sys.argv[1:])\n"
+            "finally: assert not {'torch', 'transformers'} & sys.modules.keys()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, verb, str(folder_of("opt")), *options],
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+BENCH_KEYS = {
+    "model", "backend", "threads", "isa", "prompt_tokens", "new_tokens", "prefill_ms", "prefill_tokens_per_s",
+    "decode_ms_per_token", "decode_tokens_per_s", "weight_bytes_per_token", "read_gb_per_s", "ceiling_gb_per_s", "ceiling_share",
+    "peak_rss_gb", "checkpoint_gb", "load_s", "first_token_s",
+}  # fmt: skip
+
+
+@needs_kernels
+class TestBench:
+    def test_table_and_json(self, cli: Cli, quantized: Callable[[str], Path], tmp_path: Path) -> None:
+        options = ("--prompt", 20, "--new", 3, "--repeats", 2, "--threads", 1)
+        code, out, err = cli("bench", quantized("int8"), *options, "--json", tmp_path / "bench.json")
+        assert (code, err) == (0, "")
+        result = json.loads((tmp_path / "bench.json").read_text())
+        assert result.keys() >= BENCH_KEYS
+        assert (result["model"], result["backend"], result["threads"]) == ("int8", "int8", 1)
+        assert (result["prompt_tokens"], result["new_tokens"], result["batch"]) == (20, 3, 1)
+        assert all(value > 0 for value in result.values() if isinstance(value, int | float))
+        assert result["decode_ms_per_token"] * result["decode_tokens_per_s"] == pytest.approx(1000, rel=1e-3)
+        assert re.search(r"^decode tokens per s +[\d.]+", out, re.MULTILINE)
+
+    def test_batch_on_stdout(self, cli: Cli, folder_of: Folder) -> None:
+        code, out, _ = cli(
+            "bench", folder_of("opt"), "--prompt", 1, "--new", 2, "--batch", 3, "--repeats", 1, "--json", "-"
+        )
+        assert (code, json.loads(out)["batch"]) == (0, 3)
+
+    def test_more_than_the_positions(self, cli: Cli, folder_of: Folder) -> None:
+        line = cli.fails(2, "bench", folder_of("opt"), "--prompt", 60, "--new", 5)
+        assert "60 + 5 tokens: the model has 64 positions" in line
 
 
 class TestInspect:
@@ -654,3 +812,12 @@ def test_python_in_the_readme_runs(folder_of: Folder, monkeypatch: pytest.Monkey
     block = re.sub(r'"(out|evals/checkpoints)/[^"]*neox[^"]*"', repr(str(folder_of(FAMILIES[1]))), block)
     with contextlib.redirect_stdout(None):
         exec(compile(block, "README.md", "exec"), {})
+
+
+@needs_kernels
+def test_engine_in_the_readme_runs(folder_of: Folder) -> None:
+    (block,) = [block for block in PYTHON if "qlm.Engine(" in block]
+    block = re.sub(r'"out/[^"]*"', repr(str(folder_of("opt"))), block)
+    block = block.replace("max_new_tokens=100", "max_new_tokens=10")
+    with contextlib.redirect_stdout(None):
+        exec(compile(block, "README.md", "exec"), {"qlm": qlm})

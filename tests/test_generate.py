@@ -161,18 +161,34 @@ def test_stream_joined_is_the_text(both: tuple, seed: int) -> None:
     assert all(pieces)
 
 
-def test_stream_waits_for_whole_characters() -> None:
-    from qlm.generate import _Streamer
+@pytest.mark.parametrize("streaming", [True, False])
+def test_stop_strings(both: tuple, streaming: bool) -> None:
+    model, tokenizer = both
+    whole = generate(model, tokenizer, PROMPT, max_new_tokens=40, greedy=True)[0]
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    for begin, length in ((3, 1), (6, 4), (0, 2)):
+        stop = whole[begin : begin + length]
+        pieces: list[str] = []
+        found = generate(
+            model, tokenizer, PROMPT, max_new_tokens=40, greedy=True, stop=["no such text", stop],
+            stream=pieces.append if streaming else None,
+        )  # fmt: skip
+        assert found == [whole[: whole.index(stop)]]
+        assert "".join(pieces) == (found[0] if streaming else "")
+    hook.remove()
+    assert len(calls) < 3 * 39
 
-    tokenizer = TOKENIZERS["opt"]
-    pieces: list[str] = []
-    streamer = _Streamer(tokenizer, [2], pieces.append)
-    streamer.put(torch.tensor([[2, 5, 6]]))
-    for index in [*tokenizer("猫€ é", add_special_tokens=False).input_ids, 2]:
-        streamer.put(torch.tensor([index]))
-    streamer.end()
-    assert "".join(pieces) == "猫€ é"
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+def test_each_sequence_ends_at_its_own_stop_string(both: tuple) -> None:
+    model, tokenizer = both
+    options = {"max_new_tokens": 30, "num_return_sequences": 4, "seed": 3}
+    whole = generate(model, tokenizer, PROMPT, **options)
+    stop = next(text[i] for text in whole for i in range(5, 20) if sum(text[i] in other for other in whole) < 4)
+    cut = generate(model, tokenizer, PROMPT, **options, stop=[stop])
+    # A row that goes on after another has ended draws what it drew before: the batch stays whole.
+    assert cut == [text.partition(stop)[0] for text in whole]
+    assert cut != whole
 
 
 def test_positions(both: tuple) -> None:
@@ -220,6 +236,8 @@ def test_empty_prompt() -> None:
         ({"greedy": True, "temperature": 0.5, "top_k": 3}, "greedy: temperature, top_k would have no effect"),
         ({"greedy": True, "num_return_sequences": 2}, "greedy gives one text"),
         ({"num_return_sequences": 2, "stream": print}, "one sequence can be streamed, and 2"),
+        ({"stop": "end"}, "stop 'end': expected a list of texts"),
+        ({"stop": ["a", ""]}, "at least one character"),
     ],
     ids=str,
 )

@@ -18,7 +18,8 @@ def evaluation(**changes: Any) -> Evaluation:
     values: dict[str, Any] = {
         "perplexity": 11.0, "perplexity_stderr": 0.1, "tokens": 93, "kl_divergence": 0.012341, "kl_stderr": 0.001,
         "same_top1": 0.9512, "same_top1_stderr": 0.01, "baseline_perplexity": 10.0, "baseline_perplexity_stderr": 0.1,
-        "length": 32, "windows": 3, "protocol": "p", "bos": "none", "data_sha256": "0" * 64, "seconds": 1.0,
+        "length": 32, "windows": 3, "protocol": "p", "bos": "none", "data_sha256": "0" * 64, "activations": "float",
+        "seconds": 1.0,
     }  # fmt: skip
     return Evaluation(**{**values, **changes})
 

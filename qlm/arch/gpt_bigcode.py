@@ -33,6 +33,7 @@ GPT_BIGCODE = FamilySpec(
     positions="n_positions",
     hidden_size="n_embd",
     layers="n_layer",
+    heads="n_head",
     fields={
         **COMMON_FIELDS,
         "n_positions": (int,),
@@ -50,6 +51,18 @@ GPT_BIGCODE = FamilySpec(
         "embd_pdrop": (float, int),
         "attn_pdrop": (float, int),
     },
+    defaults={
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "pad_token_id": None,
+        "activation_function": "gelu_pytorch_tanh",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "multi_query": True,
+        "attention_softmax_in_fp32": True,
+        "scale_attention_softmax_in_fp32": True,
+    },
+    multiples={"n_inner": ("n_embd", 4)},
     # GPT-2's, which the first conversions of the models carried along.
     fixed_fields={**COMMON_FIXED_FIELDS, "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,)},
     inert_fields=COMMON_INERT_FIELDS

@@ -54,6 +54,16 @@ GPT_NEOX = FamilySpec(
         "hidden_dropout": (float, int),
         "classifier_dropout": (float, int),
     },
+    # The rotary embedding's are in checkpoint/config.py, beside its three spellings.
+    defaults={
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+    },
     fixed_fields=COMMON_FIXED_FIELDS,
     # `custom_pipelines` (Dolly) names a Python file with a prompt template; qlm never looks for it.
     inert_fields=COMMON_INERT_FIELDS

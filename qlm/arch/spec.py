@@ -49,11 +49,14 @@ class FamilySpec:
         position_offset: rows at the start of the position table that no position uses.
         bos_first: whether every text starts with the BOS token.
         bos_id: the id that it then has.
+        defaults: what a field of a causal LM means when config.json leaves it out; the sizes that it must not leave out
+            and `tie_word_embeddings` (`head_tied`) have none. transformers' config classes say the same (a test compares).
+        multiples: fields that, absent or null, are so many times another field.
         fields: config fields that change numbers or shapes, with the type that they must have. Passed on to the config class.
         fixed_fields: config fields that are allowed with these values only.
         inert_fields: config fields that are known and change no number; they are dropped.
         ignored_tensors: regular expressions (full match, without the base prefix) of buffers that older files carry.
-        positions: config field with the number of positions.
+        positions: config field with the number of positions; `hidden_size`, `layers` and `heads` likewise.
         lora_targets: last path components of the linears that adapters attach to.
     """
 
@@ -72,8 +75,11 @@ class FamilySpec:
     fields: Mapping[str, tuple[type, ...]]
     lora_targets: tuple[str, ...]
     positions: str
+    defaults: Mapping[str, object]
     hidden_size: str = "hidden_size"
     layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    multiples: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     parallel_stages: tuple[tuple[LinearGroup, ...], ...] | None = None
     parallel_if: str | None = None
     fused_qkv: Literal["per_head", "multi_query"] | None = None

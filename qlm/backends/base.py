@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qlm.errors import DataError
+from qlm.formats.layout import TensorLayout
+from qlm.kernels import activations
 from qlm.recipe import LinearSettings
 
 # A path in the model (as in memory) to how that linear is stored. Each backend has its own frozen dataclass for the how.
@@ -38,15 +39,6 @@ class QuantizedLinear:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """What a file must hold for one tensor. A size of -1 means any; `optional` tensors may be absent."""
-
-    shape: tuple[int, ...]
-    dtypes: frozenset[torch.dtype]
-    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,8 @@ class Backend(Protocol):
         format: Any,
         dtype: torch.dtype,
     ) -> nn.Module:
-        """A module that computes x W^T + b from the tensors, in `dtype`. Its state dict is the file's tensors."""
+        """A module that computes x W^T + b from the tensors, in `dtype`. Its state dict is the file's tensors. One that rounds
+        activations has a method `activation_format`, which says how: "int8 per token"."""
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
         """What config.json says about a model whose linears are stored by `scheme`, `left_out` ones in `dtype`."""
@@ -108,26 +101,17 @@ class Backend(Protocol):
         """
 
 
+def activations_of(model: nn.Module) -> str:
+    """What the model's linears do with activations, here and now: "float", "int8 in groups of 128", or several of these."""
+    formats = [getattr(module, "activation_format", None) for module in model.modules()]
+    return activations.together({str(format()) for format in formats if callable(format)})
+
+
 def only_format(scheme: Scheme, fact: str) -> Any:
     """The one value of attribute `fact` in the scheme; formats that cannot mix it call this. Checked when the recipe was read."""
     values = {getattr(how, fact) for how in scheme.values()}
     assert len(values) == 1, f"{fact} differs between linears: {values}"
     return values.pop()
-
-
-def is_head(path: str) -> bool:
-    """Whether a linear is the head of its task: heads, unlike all else, lie directly in the model. They stay in floating point."""
-    return "." not in path
-
-
-def names_in(config: Mapping[str, Any], key: str) -> list[str]:
-    """A list of module names in a `quantization_config`; empty where there is none. Raises DataError for anything else."""
-    names = config.get(key)
-    if names is None:
-        return []
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"quantization_config: {key!r} is {names!r}; expected a list of module names")
-    return list(names)
 
 
 def relative_error(weight: Tensor, quantized: Tensor) -> float:

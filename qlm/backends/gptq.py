@@ -8,7 +8,6 @@ transformers ignores those silently, so a folder that has them says so in its ma
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +20,16 @@ from qlm.backends.base import (
     Statistics,
     TensorLayout,
     apply_keeping_dtypes,
-    is_head,
 )
 from qlm.errors import DataError, UsageError
-from qlm.kernels.ops import dequantize_gptq, gptq_linear
+from qlm.formats import gptq as gptq_format
+from qlm.formats.dtypes import dtype_name
+from qlm.formats.gptq import GptqFormat, group_size_of
+from qlm.formats.layout import is_head
+from qlm.kernels.ops import dequantize_gptq, gptq_activations, gptq_linear
 from qlm.numerics.gptq import SingularHessian, column_order, factorize, gptq, unit_factor, weighted_norm
 from qlm.numerics.packing import encode_zero_points, pack_rows
 from qlm.recipe import LinearSettings
-
-BITS = (2, 3, 4, 8)
-# Rules come from files, and Python's matcher backtracks: for ever over a repeated group such as (a+)+ or (.|.)*, and by the power of
-# their number over other repetitions.
-LONGEST_RULE = 500
-REPEATED_GROUP = re.compile(r"\)[+*{?]")
-MOST_REPEATS = 4
-
-
-@dataclass(frozen=True)
-class GptqFormat:
-    """`group_size` -1 is one group a row; `v2`: zero points are stored as they are, not less one."""
-
-    bits: int
-    group_size: int
-    symmetric: bool = True
-    desc_act: bool = False
-    v2: bool = False
-    damp: float = 0.01
 
 
 class GptqLinear(nn.Module):
@@ -76,12 +59,12 @@ class GptqLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return gptq_linear(x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, bits=self.bits, v2=self.v2)
 
+    def activation_format(self) -> str:
+        """What a forward pass does with activations, here and now (`gptq_activations`)."""
+        return gptq_activations(self.qweight, self.qzeros, self.scales, self.g_idx, bits=self.bits, v2=self.v2)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}"
-
-
-def _group_size(settings_or_format: Any, inputs: int) -> int:
-    return inputs if settings_or_format.group_size == -1 else settings_or_format.group_size
 
 
 class GptqBackend:
@@ -90,7 +73,7 @@ class GptqBackend:
 
     def check(self, name: str, shape: tuple[int, int], settings: LinearSettings) -> None:
         O, I = shape
-        if I % _group_size(settings, I):
+        if I % group_size_of(settings, I):
             raise UsageError(
                 f"quantize.group_size: {settings.group_size} does not divide the {I} inputs of {name}; "
                 "choose one that does, -1 for one group a row, or leave the layer out with quantize.skip"
@@ -113,7 +96,7 @@ class GptqBackend:
             if not bool(weight.isfinite().all()):
                 raise DataError(f"{name}.weight: a weight is NaN or infinite; the checkpoint is damaged")
         stacked = torch.cat([weight.float() for weight in weights.values()])
-        group_size = _group_size(settings, stacked.shape[1])
+        group_size = group_size_of(settings, stacked.shape[1])
         hessian = statistics.hessian
         order = column_order(hessian.diagonal(), settings.order, group_size)
         method, why = "gptq", {}
@@ -159,14 +142,7 @@ class GptqBackend:
         )
 
     def layout(self, shape: tuple[int, int], format: GptqFormat) -> dict[str, TensorLayout]:
-        O, I = shape
-        groups, words = -(-I // _group_size(format, I)), frozenset({torch.int32})
-        return {
-            "qweight": TensorLayout((I * format.bits // 32, O), words),
-            "qzeros": TensorLayout((groups, O * format.bits // 32), words),
-            "scales": TensorLayout((groups, O), frozenset({torch.float16, torch.bfloat16, torch.float32})),
-            "g_idx": TensorLayout((I,), words),
-        }
+        return gptq_format.layout(shape, format)
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], format: GptqFormat) -> Tensor:
         return dequantize_gptq(
@@ -182,9 +158,7 @@ class GptqBackend:
         dtype: torch.dtype,
     ) -> nn.Module:
         g_idx, groups = tensors["g_idx"], tensors["scales"].shape[0]
-        # g_idx is used as an address: a value out of range would read somebody else's memory in a kernel.
-        if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-            raise DataError(f"g_idx holds {int(g_idx.min())} to {int(g_idx.max())}, but there are {groups} groups")
+        gptq_format.check_groups(int(g_idx.min()), int(g_idx.max()), groups)
         return GptqLinear(tensors, None if bias is None else bias.to(dtype), shape, format)
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
@@ -206,72 +180,5 @@ class GptqBackend:
         }  # fmt: skip
         return Description(config, {"quantize_config.json": config})
 
-    def read(self, config: Mapping[str, Any], linears: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-        stored = config.get("checkpoint_format") or config.get("format") or "gptq"
-        if stored not in ("gptq", "gptq_v2"):
-            raise DataError(f"quantization_config: checkpoint_format {stored!r}; qlm reads 'gptq' and 'gptq_v2'")
-        if config.get("pack_dtype", "int32") != "int32":
-            raise DataError(f"quantization_config: pack_dtype {config['pack_dtype']!r}; qlm reads 'int32'")
-        if config.get("lm_head"):
-            raise DataError(
-                "quantization_config: a quantized lm_head; qlm reads folders whose head is in 16 or 32 bits"
-            )
-
-        def read_format(values: Mapping[str, Any]) -> GptqFormat:
-            bits: Any = values.get("bits")
-            group_size: Any = values.get("group_size")
-            whole = type(bits) is int and type(group_size) is int  # no 4.0, no true
-            if not whole or bits not in BITS or not (group_size == -1 or group_size >= 8):
-                raise DataError(
-                    f"quantization_config: bits {bits!r} with group_size {group_size!r}; qlm reads bits {BITS} with a group "
-                    "size of -1 or at least 8"
-                )
-            return GptqFormat(
-                bits,
-                group_size,
-                bool(values.get("sym", True)),
-                bool(values.get("desc_act", False)),
-                stored == "gptq_v2",
-            )
-
-        scheme: dict[str, Any] = {}
-        rules = config.get("dynamic") or {}
-        if not isinstance(rules, Mapping) or not all(c is None or isinstance(c, Mapping) for c in rules.values()):
-            raise DataError(f"quantization_config: dynamic {rules!r}; expected rules with a mapping each")
-        suffixes = _suffixes(config.get("modules_in_block_to_quantize"))
-        # GPTQ tools quantize inside blocks only: no heads, and none of OPT's projections around the blocks.
-        for name in (name for name in linears if any(part.isdigit() for part in name.split("."))):
-            how: dict[str, Any] | None = dict(config)
-            if suffixes is not None and not any(name.endswith("." + suffix) for suffix in suffixes):
-                how = None
-            for rule, changes in rules.items():
-                pattern = rule.removeprefix("+:").removeprefix("-:")
-                repeats = sum(map(pattern.count, "+*{"))
-                if len(pattern) > LONGEST_RULE or repeats > MOST_REPEATS or REPEATED_GROUP.search(pattern):
-                    raise DataError(
-                        f"quantization_config: dynamic rule {rule!r} could take for ever to match; qlm takes rules of at most "
-                        f"{LONGEST_RULE} characters and {MOST_REPEATS} repetitions, none of them of a group"
-                    )
-                try:
-                    matches = re.match(pattern, name) is not None
-                except re.error as error:
-                    raise DataError(
-                        f"quantization_config: dynamic rule {rule!r} is no regular expression: {error}"
-                    ) from None
-                if matches:
-                    how = None if rule.startswith("-:") or how is None else {**how, **(changes or {})}
-                    break  # GPTQModel takes the first rule that matches
-            if how is not None:
-                scheme[name] = read_format(how)
-        return scheme
-
-
-def _suffixes(inside: Any) -> set[str] | None:
-    """The paths in a block that `modules_in_block_to_quantize` names, in one list or in a list for each stage; None means all."""
-    if not inside:
-        return None
-    if isinstance(inside, list):
-        paths = [path for stage in inside for path in (stage if isinstance(stage, list) else [stage])]
-        if all(isinstance(path, str) for path in paths):
-            return set(paths)
-    raise DataError(f"quantization_config: modules_in_block_to_quantize {inside!r}; expected lists of module names")
+    def read(self, config: Mapping[str, Any], linears: Sequence[str], dtype: torch.dtype) -> dict[str, GptqFormat]:
+        return gptq_format.read(config, linears, dtype_name(dtype))

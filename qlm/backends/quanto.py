@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from qlm.backends.base import Description, QuantizedLinear, Scheme, Statistics, TensorLayout, relative_error
 from qlm.errors import DataError, Unavailable
+from qlm.formats import QUANTO_MAP
+from qlm.formats.dtypes import FLOATS, dtype_name
 from qlm.recipe import LinearSettings
 
-MAP_FILE = "quanto_qmap.json"
 QTYPES = {"qint8": 8, "qint4": 4, "qfloat8": 8}
 # quanto names its fp8 type by the format.
 QUANTO_NAMES = {"qint8": "qint8", "qint4": "qint4", "qfloat8": "qfloat8_e4m3fn"}
@@ -87,10 +88,9 @@ class QuantoBackend:
         module = _empty(shape, False, format.qtype, torch.float16)
         module.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float16), requires_grad=False)
         module.freeze()
-        floats = frozenset({torch.float16, torch.bfloat16, torch.float32})
         return {
             name: TensorLayout(
-                tuple(tensor.shape), floats if tensor.dtype == torch.float16 else frozenset({tensor.dtype})
+                tuple(tensor.shape), FLOATS if tensor.dtype == torch.float16 else frozenset({dtype_name(tensor.dtype)})
             )
             for name, tensor in module.state_dict().items()
         }
@@ -121,7 +121,7 @@ class QuantoBackend:
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
         linears = {name: {"weights": QUANTO_NAMES[how.qtype], "activations": "none"} for name, how in scheme.items()}
-        return Description(None, {MAP_FILE: linears})
+        return Description(None, {QUANTO_MAP: linears})
 
     def read(self, config: Mapping[str, Any], linears: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
         types = {stored: name for name, stored in QUANTO_NAMES.items()}
@@ -131,7 +131,7 @@ class QuantoBackend:
             known = isinstance(stored, str) and stored in types
             if name not in linears or not known or entry.get("activations", "none") != "none":
                 raise DataError(
-                    f"{MAP_FILE}: {name!r}: {entry!r}; qlm reads linears of the model with weights {sorted(types)} and no "
+                    f"{QUANTO_MAP}: {name!r}: {entry!r}; qlm reads linears of the model with weights {sorted(types)} and no "
                     "quantized activations"
                 )
             scheme[name] = QuantoFormat(types[stored])

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-import torch
-
 from qlm.checkpoint.safetensors_header import TensorInfo
 from qlm.errors import DataError
 
@@ -28,7 +26,7 @@ class HasTensors(Protocol):
 
 def check_tensors(
     checkpoint: HasTensors,
-    expected: Mapping[str, tuple[tuple[int, ...], frozenset[torch.dtype]]],
+    expected: Mapping[str, tuple[tuple[int, ...], frozenset[str]]],
     ignored: Iterable[str] = (),
     *,
     names: Mapping[str, TensorInfo] | None = None,
@@ -37,7 +35,7 @@ def check_tensors(
     """Compare a checkpoint's tensors with those that its config implies.
 
     Args:
-        expected: for each name its shape (a size of -1 is any) and the dtypes that it may have.
+        expected: for each name its shape (a size of -1 is any) and the dtypes that it may have, by their safetensors names.
         ignored: regular expressions (full match) of names that may be there and are not used.
         names: the tensors under the names to compare, when the caller has renamed them; `checkpoint.tensors` when left
             out.
@@ -67,8 +65,7 @@ def check_tensors(
         if not _fits(info.shape, shape):
             wrong.append(f"{name} has shape {list(info.shape)}, its config implies {list(shape)}")
         elif info.dtype not in dtypes:
-            allowed = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            wrong.append(f"{name} is {str(info.dtype).removeprefix('torch.')}, expected {allowed}")
+            wrong.append(f"{name} is {info.dtype}, expected {' or '.join(sorted(dtypes))}")
     if wrong:
         more = f" (and {len(wrong) - SHOWN} more)" if len(wrong) > SHOWN else ""
         raise DataError(f"{checkpoint.source}: {'; '.join(wrong[:SHOWN])}{more}")

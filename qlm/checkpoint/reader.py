@@ -3,20 +3,26 @@
 Which files are read is decided here, in this order: safetensors (single, sharded, or the one file that AutoGPTQ names
 after its settings), then PyTorch's `.bin`. Two candidates of equal rank are an error; nothing is guessed.
 
-Tensors are read with `pread` into fresh memory and not mapped: pages of a mapped file count as the process's memory
-until the system takes them back, so that a loop over the blocks of a model would seem to need all of it, and a file
-that shrinks under a map kills the process.
+A tensor is handed out in one of two ways. `read` fills fresh memory with `pread`: quantizing and loading take this one,
+because pages of a mapped file count as the process's memory until the system takes them back, so that a loop over the
+blocks of a model would seem to need all of it. `map` gives the file's own bytes, read-only: the CPU engine computes from
+them where they lie, which starts at once and needs no memory twice. A file that shrinks under a map kills the process
+at the next access; whoever computes from maps asks `check_unchanged` before, and the kernels turn the signal of what
+happens in between into an error.
+
+Nothing here imports torch, except that `read` does when it makes its first tensor.
 """
 
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from qlm.arch import FAMILIES
 from qlm.checkpoint import hub, strict_json
@@ -26,10 +32,16 @@ from qlm.checkpoint.names import check_tensors
 from qlm.checkpoint.safetensors_header import TensorInfo, header_length, parse_header
 from qlm.checkpoint.unpickle import read_bin
 from qlm.errors import DataError, MissingInput, Unavailable
+from qlm.formats.dtypes import DTYPES, NUMPY_DTYPES, to_float32, torch_dtype
 
-__all__ = ["Checkpoint", "TensorInfo", "check_tensors", "read_config"]
+# At run time torch takes seconds to import, and the CPU engine does without.
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "MappedTensor", "TensorInfo", "check_tensors", "read_config"]
 
 MAX_CONFIG_BYTES = 4 << 20
+_PIECE_ELEMENTS = 4 << 20
 # Files besides weights whose content decides what a model computes or how its text is tokenized.
 _MATTERING = (
     "config.json",
@@ -45,10 +57,33 @@ _MATTERING = (
 
 @dataclass(frozen=True)
 class _Weights:
-    """Files and tensors of one checkpoint, in file order."""
+    """Files and tensors of one checkpoint, in file order, and the size of each file of tensors when its header was
+    checked, in bytes.
+    """
 
     files: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """A tensor where it lies in the page cache, read-only, row-major and perhaps unaligned.
+
+    Attributes:
+        address: of its first element; valid as long as the checkpoint or `array` lives.
+        dtype: its safetensors name.
+        array: numpy's view of it; bfloat16 as uint16, 8-bit floats as uint8.
+    """
+
+    address: int
+    dtype: str
+    shape: tuple[int, ...]
+    array: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
 
 
 class Checkpoint:
@@ -69,6 +104,9 @@ class Checkpoint:
         self.config: dict[str, Any] = config
         weights = _find_weights(folder, config)
         self._weight_files = weights.files
+        self._sizes = weights.sizes
+        self._maps: dict[str, mmap.mmap] = {}
+        self._copies: dict[str, np.ndarray] = {}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(weights.tensors))
 
     @classmethod
@@ -112,7 +150,7 @@ class Checkpoint:
             )
         return inside
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         """The tensor in fresh CPU memory, row-major.
 
         Raises:
@@ -120,26 +158,111 @@ class Checkpoint:
             DataError: the file has become shorter since it was opened, or a bool is neither 0 nor 1.
             Unavailable: not enough memory.
         """
+        import torch
+
         info = self.tensors[name]
-        itemsize = info.dtype.itemsize
-        if info.stride is None:
-            shape, count = info.shape, math.prod(info.shape)
-        else:
-            count = 1 + sum((size - 1) * stride for size, stride in zip(info.shape, info.stride, strict=True))
-            shape = (count,)
+        count = _span(info)
         try:
-            tensor = torch.empty(shape, dtype=info.dtype)
+            tensor = torch.empty(info.shape if info.stride is None else (count,), dtype=torch_dtype(info.dtype))
         except RuntimeError:
-            raise Unavailable(
-                f"{info.file}: tensor {name!r} takes {count * itemsize} bytes of memory, which could not be had"
-            ) from None
+            raise _no_memory(name, info) from None
         if count:
-            buffer = tensor.reshape(-1).view(torch.uint8).numpy()
-            with self._folder.open(info.file.name) as descriptor:
-                read_into(descriptor, buffer.data, info.offset, info.file)
-            if info.dtype == torch.bool and buffer.max() > 1:
-                raise DataError(f"{info.file}: tensor {name!r} is bool, but has bytes other than 0 and 1")
+            self._fill(name, tensor.reshape(-1).view(torch.uint8).numpy())
         return tensor if info.stride is None else tensor.as_strided(info.shape, info.stride).contiguous()
+
+    def map(self, name: str) -> MappedTensor:
+        """The tensor where it lies in its file, which is mapped as a whole once and stays so as long as the checkpoint
+        lives. A tensor of a `.bin` file whose elements are not in row-major order is copied into memory instead.
+
+        Raises:
+            KeyError: no such tensor.
+            DataError: the file has changed its size since it was opened, or a bool is neither 0 nor 1.
+            Unavailable: not enough memory or address space.
+        """
+        info = self.tensors[name]
+        if info.stride is None:
+            array: np.ndarray = np.ndarray(
+                info.shape, NUMPY_DTYPES[info.dtype], self._map_file(info.file), offset=info.offset
+            )
+            _check_bools(name, info, array.reshape(-1))
+        elif name in self._copies:
+            array = self._copies[name]
+        else:
+            array = self._copies[name] = self._read_strided(name, info, info.stride)
+        return MappedTensor(array.ctypes.data, info.dtype, info.shape, array)
+
+    def same_values(self, first: str, second: str) -> bool:
+        """Whether two float tensors of one shape hold the same numbers, whatever their dtypes (NaN equals a NaN of the
+        same bits). Reads them piece by piece.
+        """
+        a, b = self.tensors[first], self.tensors[second]
+        if a == b:  # one storage of a `.bin` file
+            return True
+        for start in range(0, math.prod(a.shape), _PIECE_ELEMENTS):
+            stop = min(start + _PIECE_ELEMENTS, math.prod(a.shape))
+            x, y = self._piece(first, start, stop), self._piece(second, start, stop)
+            if a.dtype == b.dtype and x.tobytes() == y.tobytes():
+                continue
+            if not np.array_equal(to_float32(x, a.dtype), to_float32(y, b.dtype)):
+                return False
+        return True
+
+    def _piece(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` of the flattened tensor."""
+        info = self.tensors[name]
+        if info.stride is not None:
+            return self.map(name).array.reshape(-1)[start:stop]
+        piece = np.empty(stop - start, NUMPY_DTYPES[info.dtype])
+        with self._folder.open(info.file.name) as descriptor:
+            offset = info.offset + start * piece.itemsize
+            read_into(descriptor, piece.view(np.uint8).data, offset, info.file)
+        return piece
+
+    def mappings(self) -> list[tuple[int, int]]:
+        """(address, bytes) of each file that is mapped."""
+        return [(np.frombuffer(mapped, np.uint8).ctypes.data, len(mapped)) for mapped in self._maps.values()]
+
+    def check_unchanged(self) -> None:
+        """Raises DataError if a mapped file has another size than when it was opened."""
+        for file, mapped in self._maps.items():
+            self._check_size(file, mapped.size())
+
+    def _check_size(self, file: str, found: int) -> None:
+        if found != self._sizes[file]:
+            raise DataError(
+                f"{self.folder / file}: has {found} bytes, and had {self._sizes[file]} when it was opened; it was changed "
+                "while in use; open the model again"
+            )
+
+    def _map_file(self, file: Path) -> mmap.mmap:
+        if file.name not in self._maps:
+            with self._folder.open(file.name) as descriptor:
+                self._check_size(file.name, os.fstat(descriptor).st_size)
+                try:
+                    mapped = mmap.mmap(descriptor, self._sizes[file.name], access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as error:  # ValueError: it became shorter just now
+                    raise Unavailable(f"{file}: cannot be mapped into memory: {error}") from None
+            self._maps[file.name] = mapped
+        return self._maps[file.name]
+
+    def _read_strided(self, name: str, info: TensorInfo, stride: tuple[int, ...]) -> np.ndarray:
+        dtype = NUMPY_DTYPES[info.dtype]
+        try:
+            elements = np.empty(_span(info), dtype)
+            self._fill(name, elements.view(np.uint8))
+            steps = tuple(step * dtype.itemsize for step in stride)
+            array = np.ascontiguousarray(np.lib.stride_tricks.as_strided(elements, info.shape, steps))
+        except MemoryError:
+            raise _no_memory(name, info) from None
+        array.flags.writeable = False
+        return array
+
+    def _fill(self, name: str, buffer: np.ndarray) -> None:
+        """Read the bytes of a tensor's span into `buffer`, uint8."""
+        info = self.tensors[name]
+        with self._folder.open(info.file.name) as descriptor:
+            read_into(descriptor, buffer.data, info.offset, info.file)
+        _check_bools(name, info, buffer)
 
     def read_json(self, filename: str, max_bytes: int = strict_json.MAX_JSON_BYTES) -> dict[str, Any] | None:
         """The JSON object in a file of the folder, or None when there is no such file."""
@@ -157,6 +280,27 @@ class Checkpoint:
         """
         small = [name for name in _MATTERING if self._folder.path(name) is not None]
         return [self.folder / name for name in sorted({*self._weight_files, *small})]
+
+
+def _span(info: TensorInfo) -> int:
+    """How many elements lie in the file from the tensor's first to its last."""
+    if info.stride is None:
+        return math.prod(info.shape)
+    return 1 + sum((size - 1) * stride for size, stride in zip(info.shape, info.stride, strict=True))
+
+
+def _no_memory(name: str, info: TensorInfo) -> Unavailable:
+    needed = _span(info) * DTYPES[info.dtype]
+    return Unavailable(f"{info.file}: tensor {name!r} takes {needed} bytes of memory, which could not be had")
+
+
+def _check_bools(name: str, info: TensorInfo, values: np.ndarray) -> None:
+    if info.dtype == "BOOL" and values.size and values.view(np.uint8).max() > 1:
+        raise DataError(f"{info.file}: tensor {name!r} is bool, but has bytes other than 0 and 1")
+
+
+# The tensors that a file's header describes, and the file's size.
+_Header = tuple[dict[str, TensorInfo], int]
 
 
 def _find_weights(folder: ModelFolder, config: Mapping[str, Any]) -> _Weights:
@@ -185,14 +329,15 @@ def _find_weights(folder: ModelFolder, config: Mapping[str, Any]) -> _Weights:
                 )
             single = safetensors[0]
         if single in names:
-            return _Weights((single,), read_header(folder, single))
+            tensors, size = read_header(folder, single)
+            return _Weights((single,), tensors, {single: size})
     adapter = "; it is an adapter, give the folder of the model it belongs to" if "adapter_config.json" in names else ""
     raise MissingInput(
         f"{folder.folder}: has no weights; expected model.safetensors, pytorch_model.bin or an index of either{adapter}"
     )
 
 
-def _read_safetensors(folder: ModelFolder, name: str) -> dict[str, TensorInfo]:
+def _read_safetensors(folder: ModelFolder, name: str) -> _Header:
     file = folder.folder / name
     with folder.open(name) as descriptor:
         size = os.fstat(descriptor).st_size
@@ -200,21 +345,22 @@ def _read_safetensors(folder: ModelFolder, name: str) -> dict[str, TensorInfo]:
         read_into(descriptor, memoryview(first), 0, file)
         header = bytearray(header_length(bytes(first), size, str(file)))
         read_into(descriptor, memoryview(header), 8, file)
-    return parse_header(bytes(header), file, size)
+    return parse_header(bytes(header), file, size), size
 
 
-def _read_bin(folder: ModelFolder, name: str) -> dict[str, TensorInfo]:
+def _read_bin(folder: ModelFolder, name: str) -> _Header:
     real = folder.real_path(name)
     if real is None:
         raise MissingInput(f"{folder.folder / name}: no such file")
-    return read_bin(real, folder.folder / name)
+    size = real.stat().st_size
+    return read_bin(real, folder.folder / name), size
 
 
 def _read_shards(
     folder: ModelFolder,
     index_name: str,
     suffix: str,
-    read_header: Callable[[ModelFolder, str], dict[str, TensorInfo]],
+    read_header: Callable[[ModelFolder, str], _Header],
     tied_heads: frozenset[str],
 ) -> _Weights:
     """The tensors of all shards. Each tensor must lie in exactly the shard that the index names, and each shard hold no
@@ -235,13 +381,14 @@ def _read_shards(
             )
         shards.setdefault(shard, set()).add(tensor)
     tensors: dict[str, TensorInfo] = {}
+    sizes: dict[str, int] = {}
     for shard in sorted(shards):
         if folder.path(shard) is None:
             raise MissingInput(
                 f"{folder.folder / shard}: missing; {index_name} says that it holds {len(shards[shard])} tensors; "
                 "download it again"
             )
-        found = read_header(folder, shard)
+        found, sizes[shard] = read_header(folder, shard)
         # Converters drop a head that shares the embedding's memory from the shard and forget it in the index (bigcode's
         # octocoder).
         missing = sorted(shards[shard] - found.keys() - tied_heads)
@@ -258,7 +405,7 @@ def _read_shards(
                 f"{index_name}"
             )
         tensors.update(found)
-    return _Weights((index_name, *sorted(shards)), tensors)
+    return _Weights((index_name, *sorted(shards)), tensors, sizes)
 
 
 def _tied_heads(config: Mapping[str, Any]) -> frozenset[str]:

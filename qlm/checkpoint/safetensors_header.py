@@ -16,10 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlm.checkpoint import strict_json
 from qlm.errors import DataError
+from qlm.formats.dtypes import DTYPES
 
 # The largest real shards have headers below 1 MB; the format's own limit of 100 MB only helps texts made to fill
 # memory.
@@ -27,34 +26,20 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_RANK = 4
 MAX_DIMENSION = 1 << 40
 
-# F8_E4M3 is there for quanto's qfloat8.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies and what it is.
 
     Attributes:
+        dtype: its safetensors name ("F16").
         file: the file that holds it.
         offset: position in the file of the tensor's first element, in bytes.
         stride: elements between neighbours along each dimension; None when the elements lie in row-major order without
             gaps.
     """
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -63,7 +48,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Size of the tensor's elements in memory."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype]
 
 
 def header_length(first_bytes: bytes, file_bytes: int, source: str) -> int:
@@ -129,7 +114,7 @@ def _entry(name: str, entry: Any, file: Path, start: int) -> tuple[TensorInfo, i
     if not _are_counts(offsets) or len(offsets) != 2:
         raise DataError(f"{source}: data_offsets {offsets!r} are not a begin and an end")
     begin, end = offsets
-    info = TensorInfo(DTYPES[dtype], tuple(shape), file, start + begin)
+    info = TensorInfo(dtype, tuple(shape), file, start + begin)
     if end - begin != info.bytes:
         raise DataError(
             f"{source}: {dtype} of shape {shape} takes {info.bytes} bytes, but its data_offsets hold {end - begin}"

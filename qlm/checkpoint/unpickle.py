@@ -26,28 +26,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlm.checkpoint.folder import read_into
 from qlm.checkpoint.safetensors_header import MAX_RANK, TensorInfo
 from qlm.errors import DataError, MissingInput
+from qlm.formats.dtypes import DTYPES
 
 # The pickle of a 66-billion-parameter model has some 300 kB. Longer ones cost seconds and hundreds of MB to step
 # through.
 MAX_PICKLE_BYTES = 4 << 20
 MAX_MEMBERS = 100_000
 
-STORAGES: dict[str, torch.dtype] = {
-    "torch DoubleStorage": torch.float64,
-    "torch FloatStorage": torch.float32,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch LongStorage": torch.int64,
-    "torch IntStorage": torch.int32,
-    "torch ShortStorage": torch.int16,
-    "torch CharStorage": torch.int8,
-    "torch ByteStorage": torch.uint8,
-    "torch BoolStorage": torch.bool,
+# To the safetensors name of the elements.
+STORAGES: dict[str, str] = {
+    "torch DoubleStorage": "F64",
+    "torch FloatStorage": "F32",
+    "torch HalfStorage": "F16",
+    "torch BFloat16Storage": "BF16",
+    "torch LongStorage": "I64",
+    "torch IntStorage": "I32",
+    "torch ShortStorage": "I16",
+    "torch CharStorage": "I8",
+    "torch ByteStorage": "U8",
+    "torch BoolStorage": "BOOL",
 }
 _ORDERED_DICT = "collections OrderedDict"
 _REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
@@ -68,7 +68,7 @@ class _Name:
 
 @dataclass(frozen=True)
 class _Storage:
-    dtype: torch.dtype
+    dtype: str
     key: str
     elements: int
 
@@ -210,7 +210,7 @@ def _data_position(descriptor: int, entry: zipfile.ZipInfo, file_bytes: int, sou
 def _locate(name: str, tensor: _Tensor, members: dict[str, tuple[int, int]], source: Path) -> TensorInfo:
     """The tensor's place in the file, after checking that all of it lies inside its storage."""
     storage, where = tensor.storage, f"{source}: tensor {name!r}"
-    itemsize = storage.dtype.itemsize
+    itemsize = DTYPES[storage.dtype]
     member = members.get(f"data/{storage.key}")
     if member is None:
         raise DataError(f"{where}: its storage data/{storage.key} is missing")

@@ -1,4 +1,4 @@
-"""The three quantized linear ops: schema, shape rule, gradient and torch reference of each.
+"""The three quantized linear ops: schema, shape rule, gradient, torch reference and CPU kernel of each.
 
     qlm::int8_linear    int8 weights per out feature, int8 activations per token, exact int32 sums
     qlm::gptq_linear    2, 3, 4 or 8-bit weights in groups, GPTQ file layout
@@ -6,8 +6,13 @@
 
 All take `x` of any leading shape (empty ones too) in float32, bfloat16 or float16, and return [..., O] in the same
 dtype, also under autocast: the caller chooses the dtype. Callers use the plain functions of the same names and never
-choose an implementation; a faster one for a device replaces the reference with `torch.library.register_kernel`, and the
-reference stays its oracle. Gradients flow to `x` and the bias; quantized weights and their scales are constants.
+choose an implementation: on CPUs the library in `cpu/` computes (`cpu_ops.py`), elsewhere, and where it was not built or
+does not take a layer, the torch reference (`int8_linear_reference` and so on), which stays the oracle of the tests.
+Gradients flow to `x` and the bias, computed from the dequantized weight; quantized weights and their scales are constants.
+
+On CPUs the kernels of `gptq_linear` and `nf4_linear` round activations to int8, which the formats do not ask for
+(W4A8); `float_activations()` and QLM_KERNELS=reference (cpu_ops.py) turn that off, and `gptq_activations` and
+`nf4_activations` say what is done. Its KL divergence from float activations is in `evals/LOG.md`.
 
 The bit layouts are specified in `qlm/numerics/packing.py`. This module reads them with code of its own, so that the
 tests can check one against the other.
@@ -19,6 +24,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+
+from qlm.kernels import activations, cpu_ops
+from qlm.kernels.cpu_ops import float_activations
 
 # int32 holds sum((q - zero_point) * w) over so many in features, with |q - zero_point| <= 255 and |w| <= 127.
 MAX_IN_FEATURES = 66_310
@@ -39,6 +47,56 @@ NF4_LEVELS = (
 _CODES_PER_PERIOD = {2: 16, 3: 32, 4: 8, 8: 4}
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+__all__ = [
+    "MAX_IN_FEATURES",
+    "NF4_LEVELS",
+    "dequantize_gptq",
+    "dequantize_nf4",
+    "float_activations",
+    "gptq_activations",
+    "gptq_linear",
+    "gptq_linear_reference",
+    "int8_linear",
+    "int8_linear_reference",
+    "int8_row_sum",
+    "kernel",
+    "nf4_activations",
+    "nf4_linear",
+    "nf4_linear_reference",
+    "quantize_activation_per_token",
+]
+
+# Low-level registration: torch.library.custom_op would add 5 to 10 microseconds to each call, of which a decoded token
+# makes a hundred.
+_LIBRARY = torch.library.Library("qlm", "FRAGMENT")
+
+
+def _define(reference: Callable[..., torch.Tensor], cpu: Callable[..., torch.Tensor], fake: Callable[..., Any]) -> Any:
+    """The op `qlm::NAME` of `NAME_reference`: `cpu` computes it on CPUs, the reference elsewhere."""
+    name = reference.__name__.removesuffix("_reference")
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"qlm::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.qlm, name).default
+
+
+def kernel(op: str, device: str, otherwise: str = "torch reference: dequantize, then multiply") -> str:
+    """What computes an op ("int8_linear", "gptq_linear" or "nf4_linear") on a device, in words, for `qlm doctor`;
+    `otherwise` where no kernel of qlm's does."""
+    library = cpu_ops.native() if device == "cpu" else None
+    if library is not None:
+        rounded = {
+            "int8_linear": activations.PER_TOKEN,
+            "gptq_linear": f"int8 in groups of up to {activations.MOST_IN_GPTQ_GROUP}",
+            "nf4_linear": activations.in_groups(activations.NF4_GROUP),
+        }
+        return f"native ({library.isa}), activations {rounded[op]}"
+    if op == "int8_linear":
+        return int8_kernel(device)
+    return otherwise
 
 
 # int8 -----------------------------------------------------------------------------------------------------------------
@@ -119,8 +177,7 @@ def quantize_activation_per_token(
     return q, divisor, zero_point.to(torch.int32)
 
 
-@torch.library.custom_op("qlm::int8_linear", mutates_args=())
-def _int8_linear(
+def int8_linear_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -128,6 +185,7 @@ def _int8_linear(
     bias: torch.Tensor | None,
     symmetric_input: bool,
 ) -> torch.Tensor:
+    """`int8_linear` in torch, on any device."""
     _check_int8(x, weight, weight_scale, row_sum, bias)
     out_features, in_features = weight.shape
     if x.numel() == 0:
@@ -144,8 +202,20 @@ def _int8_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
-@_int8_linear.register_fake
-def _(
+def _int8_linear_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    row_sum: torch.Tensor,
+    bias: torch.Tensor | None,
+    symmetric_input: bool,
+) -> torch.Tensor:
+    _check_int8(x, weight, weight_scale, row_sum, bias)
+    y = cpu_ops.int8_linear(x, weight, weight_scale, row_sum, bias, symmetric_input)
+    return int8_linear_reference(x, weight, weight_scale, row_sum, bias, symmetric_input) if y is None else y
+
+
+def _int8_linear_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -155,6 +225,9 @@ def _(
 ) -> torch.Tensor:
     _check_int8(x, weight, weight_scale, row_sum, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_int8_linear = _define(int8_linear_reference, _int8_linear_cpu, _int8_linear_fake)
 
 
 def _int8_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -169,7 +242,7 @@ def _int8_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def int8_kernel(device: str) -> str:
-    """What multiplies int8 on a device, in words, for `qlm doctor`."""
+    """What multiplies int8 in the reference, in words."""
     if device == "cuda" or _cpu_multiplies_int8():
         return "torch._int_mm, exact in int32"
     return "float32 products of 1024 columns, summed exactly in int32 (slow: this CPU has no AVX512-VNNI)"
@@ -235,8 +308,15 @@ def gptq_linear(
     bits: int,
     v2: bool,
 ) -> torch.Tensor:
-    """Linear layer with weights in the GPTQ file layout: dequantized in float32, rounded to x's dtype, multiplied in
-    it.
+    """Linear layer with weights in the GPTQ file layout.
+
+    On CPUs activations are rounded to int8 in groups (`gptq_activations`), with the scale max|x| / 127, and meet the codes
+    in exact int32 sums; scales, zero points and sums over groups are float32, whatever x's dtype. A token with NaN or
+    infinite values gives NaN in all its outputs. The first call for a `qweight` decodes the zero points and keeps them, a
+    byte for each group; with groups that are scattered over the in features (act order) also a second, sorted copy of the
+    words; both are freed with `qweight`. Groups of different sizes, or that share 32-bit words, take the reference.
+
+    The reference dequantizes the weight in float32, rounds it to x's dtype and multiplies in it.
 
     Args:
         x: [..., I] float32, bfloat16 or float16.
@@ -284,17 +364,20 @@ def _gptq_weight(
     groups, out_features = scales.shape
     in_features = g_idx.shape[0]
     codes = _unpack_words(qweight, bits)
-    # Rows of words are unpacked; qzeros has its words in columns.
-    zero_point = _unpack_words(qzeros.t(), bits).t()
-    if not v2:
-        zero_point = (zero_point + 1) & (2**bits - 1)
-    zero_point, scale = zero_point.float(), scales.float()
+    zero_point, scale = _zero_points(qzeros, bits, v2).float(), scales.float()
     weight = codes.float()
     if _groups_are_consecutive(g_idx, groups):
         grouped = weight.view(groups, in_features // groups, out_features)
         grouped.sub_(zero_point.unsqueeze(1)).mul_(scale.unsqueeze(1))
         return weight
     return weight.sub_(zero_point.index_select(0, g_idx)).mul_(scale.index_select(0, g_idx))
+
+
+def _zero_points(qzeros: torch.Tensor, bits: int, v2: bool) -> torch.Tensor:
+    """int32 [G, O * bits / 32] -> int32 [G, O]."""
+    # Rows of words are unpacked; qzeros has its words in columns.
+    zero_point = _unpack_words(qzeros.t(), bits).t()
+    return zero_point if v2 else (zero_point + 1) & (2**bits - 1)
 
 
 def _groups_are_consecutive(g_idx: torch.Tensor, groups: int) -> bool:
@@ -335,8 +418,34 @@ def _(
     return scales.new_empty(g_idx.shape[0], scales.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("qlm::gptq_linear", mutates_args=())
-def _gptq_linear(
+def gptq_activations(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, bits: int, v2: bool
+) -> str:
+    """What `gptq_linear` does with activations, here and now: "int8 in groups of 128", or "float"."""
+    _check_gptq(qweight, qzeros, scales, g_idx, bits)
+    layer = cpu_ops.gptq_layer(qweight, qzeros, scales, g_idx, bits, v2, _zero_points)
+    return activations.FLOAT if layer is None else activations.in_groups(layer.group)
+
+
+def gptq_linear_reference(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    v2: bool,
+) -> torch.Tensor:
+    """`gptq_linear` in torch, on any device, with activations in floating point."""
+    _check_gptq(qweight, qzeros, scales, g_idx, bits)
+    _check_input("gptq_linear", x, g_idx.shape[0], bias, scales.shape[1])
+    weight = _gptq_weight(qweight, qzeros, scales, g_idx, bits, v2).to(x.dtype)
+    with _no_autocast(x):
+        return linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
+
+
+def _gptq_linear_cpu(
     x: torch.Tensor,
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -348,13 +457,11 @@ def _gptq_linear(
 ) -> torch.Tensor:
     _check_gptq(qweight, qzeros, scales, g_idx, bits)
     _check_input("gptq_linear", x, g_idx.shape[0], bias, scales.shape[1])
-    weight = _gptq_weight(qweight, qzeros, scales, g_idx, bits, v2).to(x.dtype)
-    with _no_autocast(x):
-        return linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
+    y = cpu_ops.gptq_linear(x, qweight, qzeros, scales, g_idx, bias, bits, v2, _zero_points)
+    return gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bias, bits, v2) if y is None else y
 
 
-@_gptq_linear.register_fake
-def _(
+def _gptq_linear_fake(
     x: torch.Tensor,
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -367,6 +474,9 @@ def _(
     _check_gptq(qweight, qzeros, scales, g_idx, bits)
     _check_input("gptq_linear", x, g_idx.shape[0], bias, scales.shape[1])
     return x.new_empty(*x.shape[:-1], scales.shape[1])
+
+
+_gptq_linear = _define(gptq_linear_reference, _gptq_linear_cpu, _gptq_linear_fake)
 
 
 def _check_gptq(
@@ -407,7 +517,14 @@ def nf4_linear(
     in_features: int,
     block: int = 64,
 ) -> torch.Tensor:
-    """Linear layer with NF4 weights: dequantized in float32, rounded to x's dtype, multiplied in it.
+    """Linear layer with NF4 weights.
+
+    On CPUs activations are rounded to int8 in groups of 64 with the scale max|x| / 127, and the 16 levels to int8 too (by at
+    most 0.0037 of a block's absmax); their int32 sums are exact, absmax and sums over blocks float32, whatever x's dtype. A
+    token with NaN or infinite values gives NaN in all its outputs. Blocks of other sizes than 64, 128, ... and blocks that
+    cross rows take the reference.
+
+    The reference dequantizes the weight in float32, rounds it to x's dtype and multiplies in it.
 
     Args:
         x: [..., I] float32, bfloat16 or float16.
@@ -443,8 +560,13 @@ def dequantize_nf4(
     return weight.view(out_features, in_features)
 
 
-@torch.library.custom_op("qlm::nf4_linear", mutates_args=())
-def _nf4_linear(
+def nf4_activations(packed: torch.Tensor, absmax: torch.Tensor, *, in_features: int, block: int = 64) -> str:
+    """What `nf4_linear` does with activations, here and now: "int8 in groups of 64", or "float"."""
+    native = cpu_ops.takes_nf4(packed, absmax, in_features, block)
+    return activations.in_groups(activations.NF4_GROUP) if native else activations.FLOAT
+
+
+def nf4_linear_reference(
     x: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -453,14 +575,29 @@ def _nf4_linear(
     in_features: int,
     block: int,
 ) -> torch.Tensor:
+    """`nf4_linear` in torch, on any device, with activations in floating point."""
     _check_input("nf4_linear", x, in_features, bias, out_features)
     weight = dequantize_nf4(packed, absmax, out_features, in_features, block).to(x.dtype)
     with _no_autocast(x):
         return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-@_nf4_linear.register_fake
-def _(
+def _nf4_linear_cpu(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    in_features: int,
+    block: int,
+) -> torch.Tensor:
+    _check_nf4(packed, absmax, out_features, in_features, block)
+    _check_input("nf4_linear", x, in_features, bias, out_features)
+    y = cpu_ops.nf4_linear(x, packed, absmax, bias, out_features, in_features, block)
+    return nf4_linear_reference(x, packed, absmax, bias, out_features, in_features, block) if y is None else y
+
+
+def _nf4_linear_fake(
     x: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -472,6 +609,9 @@ def _(
     _check_nf4(packed, absmax, out_features, in_features, block)
     _check_input("nf4_linear", x, in_features, bias, out_features)
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+_nf4_linear = _define(nf4_linear_reference, _nf4_linear_cpu, _nf4_linear_fake)
 
 
 def _check_nf4(packed: torch.Tensor, absmax: torch.Tensor, out_features: int, in_features: int, block: int) -> None:
@@ -491,12 +631,12 @@ def _check_nf4(packed: torch.Tensor, absmax: torch.Tensor, out_features: int, in
 
 
 def _register_gradient(
-    op: Any, tensors: slice, bias: int, weight_io: Callable[..., torch.Tensor], arguments: int
+    op: str, tensors: slice, bias: int, weight_io: Callable[..., torch.Tensor], arguments: int
 ) -> None:
     """Give `op` the gradient of a linear layer.
 
     Args:
-        op: the custom op.
+        op: its name.
         tensors: which of its inputs are the quantized weight.
         bias: which of its inputs is the bias.
         weight_io: from those tensors and the inputs after the bias to the weight, float32 [I, O] (a view will do).
@@ -520,7 +660,7 @@ def _register_gradient(
                 )
         return tuple(gradients)
 
-    op.register_autograd(backward, setup_context=setup_context)
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _int8_weight_io(weight: torch.Tensor, weight_scale: torch.Tensor, symmetric_input: bool) -> torch.Tensor:
@@ -533,9 +673,9 @@ def _nf4_weight_io(
     return dequantize_nf4(packed, absmax, out_features, in_features, block).t()
 
 
-_register_gradient(_int8_linear, tensors=slice(1, 3), bias=4, weight_io=_int8_weight_io, arguments=6)
-_register_gradient(_gptq_linear, tensors=slice(1, 5), bias=5, weight_io=_gptq_weight_op, arguments=8)
-_register_gradient(_nf4_linear, tensors=slice(1, 3), bias=3, weight_io=_nf4_weight_io, arguments=7)
+_register_gradient("qlm::int8_linear", tensors=slice(1, 3), bias=4, weight_io=_int8_weight_io, arguments=6)
+_register_gradient("qlm::gptq_linear", tensors=slice(1, 5), bias=5, weight_io=_gptq_weight_op, arguments=8)
+_register_gradient("qlm::nf4_linear", tensors=slice(1, 3), bias=3, weight_io=_nf4_weight_io, arguments=7)
 
 
 # Shared ---------------------------------------------------------------------------------------------------------------

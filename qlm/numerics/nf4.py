@@ -14,26 +14,7 @@ from math import prod
 
 import torch
 
-# Quantiles of the standard normal distribution, normalised to [-1, 1], with an exact zero: bitsandbytes
-# `functional.py`, `get_4bit_type`. Files store this table, but every kernel has it built in. The test derives it anew.
-CODEBOOK: tuple[float, ...] = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from qlm.formats.nf4 import CODEBOOK
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one nested absmax

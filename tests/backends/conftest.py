@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlm.backends import BACKENDS
+from qlm.formats.dtypes import dtype_name
 from qlm.recipe import LinearSettings, parse_recipe, quantize_section, settings_for
 from tests import tiny_models
 
@@ -43,7 +44,7 @@ def check_layout(backend: str, tensors: Mapping[str, Tensor], shape: tuple[int, 
         wanted = layout[name].shape
         assert len(tensor.shape) == len(wanted), name
         assert all(w in (-1, s) for s, w in zip(tensor.shape, wanted, strict=True)), name
-        assert tensor.dtype in layout[name].dtypes, name
+        assert dtype_name(tensor.dtype) in layout[name].dtypes, name
         assert tensor.is_contiguous(), name
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qlm.backends.quanto import MAP_FILE, QUANTO_NAMES, QuantoBackend, QuantoFormat
+from qlm.backends.quanto import QUANTO_NAMES, QuantoBackend, QuantoFormat
 from qlm.errors import DataError
+from qlm.formats import QUANTO_MAP
 from tests.backends.conftest import check_gradients, check_layout, random, same_bytes, settings_of
 
 quanto = pytest.importorskip("optimum.quanto")
@@ -84,7 +85,7 @@ def test_describe_and_read(qtype: str) -> None:
     scheme = {LINEARS[0]: QuantoFormat(qtype)}
     description = backend.describe(scheme, LINEARS[1:], torch.float16)
     assert description.quantization_config is None
-    assert backend.read(description.files[MAP_FILE], LINEARS, torch.float16) == scheme
+    assert backend.read(description.files[QUANTO_MAP], LINEARS, torch.float16) == scheme
 
 
 @pytest.mark.parametrize(
@@ -94,5 +95,5 @@ def test_describe_and_read(qtype: str) -> None:
     ids=str,
 )  # fmt: skip
 def test_other_maps_are_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=MAP_FILE):
+    with pytest.raises(DataError, match=QUANTO_MAP):
         backend.read(config, LINEARS, torch.float16)

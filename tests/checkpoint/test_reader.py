@@ -1,5 +1,7 @@
 """Model folders: every layout of real models is read bit for bit, every attack on paths and indexes is refused."""
 
+import ctypes
+import gc
 import json
 import os
 import socket
@@ -10,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qlm.checkpoint import reader
 from qlm.checkpoint.reader import Checkpoint, check_tensors
 from qlm.errors import DataError, MissingInput, QlmError, UsageError
+from qlm.formats.dtypes import NUMPY_DTYPES, dtype_name, torch_dtype
 
 CONFIG = {"model_type": "opt", "hidden_size": 8}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -63,10 +67,27 @@ def check_equal(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> Non
     assert set(checkpoint.tensors) == set(tensors)
     for name, expected in tensors.items():
         found = checkpoint.read(name)
-        assert found.dtype == expected.dtype == checkpoint.tensors[name].dtype
+        assert found.dtype == expected.dtype == torch_dtype(checkpoint.tensors[name].dtype)
         assert found.shape == expected.shape == checkpoint.tensors[name].shape
         assert found.is_contiguous()
         assert torch.equal(found, expected), name
+        check_mapped(checkpoint, name, expected)
+    checkpoint.check_unchanged()
+
+
+def check_mapped(checkpoint: Checkpoint, name: str, expected: torch.Tensor) -> None:
+    """The map of a tensor has its bytes, at the address that it says, and cannot be written to."""
+    mapped = checkpoint.map(name)
+    data = expected.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert (mapped.dtype, mapped.shape) == (dtype_name(expected.dtype), tuple(expected.shape))
+    assert mapped.array.shape == mapped.shape
+    assert mapped.array.dtype == NUMPY_DTYPES[mapped.dtype]
+    assert mapped.nbytes == len(data) == checkpoint.tensors[name].bytes
+    assert mapped.array.tobytes() == ctypes.string_at(mapped.address, mapped.nbytes) == data, name
+    with pytest.raises(ValueError, match="read-only"):
+        mapped.array[...] = 0
+    inside = any(start <= mapped.address <= start + size - mapped.nbytes for start, size in checkpoint.mappings())
+    assert inside == (checkpoint.tensors[name].stride is None)
 
 
 def refusal(folder: Path, kind: type[QlmError] = DataError) -> str:
@@ -308,12 +329,101 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path, tensors):
         list(map(checkpoint.read, checkpoint.tensors))
 
 
+@pytest.mark.parametrize("change", [-200, 200])
+@pytest.mark.parametrize("layout", ["single", "sharded", "bin"])
+def test_a_file_that_changes_its_size_before_or_after_it_is_mapped(tmp_path, tensors, layout, change):
+    write_layout(tmp_path / "m", tensors, layout)
+    late, early = Checkpoint.open(tmp_path / "m"), Checkpoint.open(tmp_path / "m")
+    path = early.tensors["a.weight"].file
+    early.map("a.weight")
+    early.check_unchanged()
+    os.truncate(path, path.stat().st_size + change)
+    with pytest.raises(DataError, match=rf"{path.name}: has \d+ bytes, and had \d+ when it was opened"):
+        early.check_unchanged()
+    with pytest.raises(DataError, match=rf"{path.name}: has \d+ bytes, and had \d+ when it was opened"):
+        late.map("a.weight")
+    late.check_unchanged()  # nothing of it is mapped
+
+
+def test_a_file_that_leads_out_of_the_folder_is_not_mapped(tmp_path, tensors):
+    write_layout(tmp_path / "m", tensors, "single")
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    path.rename(tmp_path / "secret")
+    path.symlink_to("../secret")
+    with pytest.raises(DataError, match="outside the model's folder"):
+        checkpoint.map("a.weight")
+
+
+def test_each_file_is_mapped_once_and_lives_as_long_as_its_arrays(tmp_path, tensors):
+    write_layout(tmp_path / "m", tensors, "sharded")
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    assert checkpoint.mappings() == []
+    for _ in range(2):
+        mapped = [checkpoint.map(name) for name in tensors]
+        assert len(checkpoint.mappings()) == 2
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
+    assert sorted(size for _, size in checkpoint.mappings()) == sizes
+    (array,) = (m.array for name, m in zip(tensors, mapped, strict=True) if name == "a.weight")
+    del checkpoint, mapped
+    gc.collect()
+    assert array.tobytes() == tensors["a.weight"].numpy().tobytes()
+
+
+def test_a_replaced_file_leaves_the_map_as_it_was(tmp_path, tensors):
+    """Files are replaced by a rename, which leaves the old one to those who have it open."""
+    write_layout(tmp_path / "m", tensors, "single")
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    mapped = checkpoint.map("a.weight")
+    save_file({"a.weight": torch.zeros(2)}, tmp_path / "new")
+    (tmp_path / "new").rename(tmp_path / "m" / "model.safetensors")
+    checkpoint.check_unchanged()
+    assert mapped.array.tobytes() == tensors["a.weight"].numpy().tobytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[-2:])
+def test_tensors_of_bin_files_that_are_not_in_row_major_order_are_copied(tmp_path, layout):
+    storage = torch.arange(40).float()
+    tensors = {
+        "transposed": storage[:12].reshape(3, 4).T,
+        "stepped": storage[1:20:3],
+        "inside": storage[20:32].reshape(3, 4)[:, 1:3],
+        "plain": storage[4:12].reshape(2, 4),
+    }
+    write_layout(tmp_path / "m", tensors, layout)
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    check_equal(checkpoint, tensors)
+    assert checkpoint.map("stepped").address == checkpoint.map("stepped").address
+
+
+@pytest.mark.parametrize("pieces", [2, 1000])
+def test_same_values_compares_numbers_across_dtypes(tmp_path, monkeypatch, pieces):
+    values = torch.linspace(-2, 2, 9).reshape(3, 3)
+    tensors = {
+        "single": values, "half": values.half(), "brain": values.bfloat16(), "transposed": values.T.contiguous().T,
+        "other": values + torch.eye(3) * 2**-7, "zero": torch.zeros(1), "minus zero": -torch.zeros(1),
+        "nan": torch.tensor([torch.nan]), "same nan": torch.tensor([torch.nan]), "minus nan": -torch.tensor([torch.nan]),
+    }  # fmt: skip
+    write_layout(tmp_path / "m", tensors, "bin")
+    monkeypatch.setattr(reader, "_PIECE_ELEMENTS", pieces)
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    for name in ("single", "half", "brain", "transposed"):
+        assert checkpoint.same_values("single", name)
+        assert checkpoint.same_values(name, "half")
+        assert not checkpoint.same_values(name, "other")
+    assert checkpoint.same_values("zero", "minus zero")
+    assert checkpoint.same_values("nan", "same nan")
+    assert not checkpoint.same_values("nan", "minus nan")
+    assert not checkpoint.same_values("zero", "nan")
+
+
 def test_a_bool_that_is_neither_is_refused(tmp_path):
     write_layout(tmp_path / "m", {"f": torch.tensor([True])}, "single")
     path = tmp_path / "m" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(DataError, match="bytes other than 0 and 1"):
-        Checkpoint.open(tmp_path / "m").read("f")
+    for give in (Checkpoint.open(tmp_path / "m").read, Checkpoint.open(tmp_path / "m").map):
+        with pytest.raises(DataError, match="bytes other than 0 and 1"):
+            give("f")
 
 
 def test_the_quantization_settings_are_found_in_both_places(tmp_path, tensors):
@@ -340,11 +450,11 @@ def test_other_files_are_reached_by_plain_names_only(tmp_path, tensors):
             checkpoint.path(name)
 
 
-FLOAT = frozenset({torch.float32, torch.float16})
+FLOAT = frozenset({"F32", "F16"})
 
 
-def expected_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], frozenset[torch.dtype]]]:
-    return {name: (tuple(tensor.shape), frozenset({tensor.dtype})) for name, tensor in tensors.items()}
+def expected_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], frozenset[str]]]:
+    return {name: (tuple(tensor.shape), frozenset({dtype_name(tensor.dtype)})) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -357,7 +467,7 @@ def expected_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, 
         ({f"x{number}": ((1,), FLOAT) for number in range(5)}, "5 tensors missing: x0, x1, x2 and 2 more"),
         ({"a.weight": ((3, 4), FLOAT)}, "a.weight has shape [4, 3], its config implies [3, 4]"),
         ({"a.weight": ((12,), FLOAT)}, "a.weight has shape [4, 3]"),
-        ({"c.bf16": ((2, 2), FLOAT)}, "c.bf16 is bfloat16, expected float16 or float32"),
+        ({"c.bf16": ((2, 2), FLOAT)}, "c.bf16 is BF16, expected F16 or F32"),
     ],
     ids=["equal", "missing", "misspelt", "extra", "many", "shape", "rank", "dtype"],
 )

@@ -17,6 +17,7 @@ import torch
 from qlm.checkpoint import unpickle
 from qlm.checkpoint.unpickle import ALLOWED_NAMES, read_bin
 from qlm.errors import DataError, QlmError
+from qlm.formats.dtypes import torch_dtype
 
 
 def state_dict() -> dict[str, torch.Tensor]:
@@ -43,9 +44,10 @@ def values(path: Path) -> dict[str, torch.Tensor]:
     data = bytearray(path.read_bytes())
     found = {}
     for name, info in read_bin(path).items():
-        count = (len(data) - info.offset) // info.dtype.itemsize
-        raw = data[info.offset : info.offset + count * info.dtype.itemsize]
-        flat = torch.frombuffer(raw, dtype=info.dtype) if count else torch.empty(0, dtype=info.dtype)
+        dtype = torch_dtype(info.dtype)
+        count = (len(data) - info.offset) // dtype.itemsize
+        raw = data[info.offset : info.offset + count * dtype.itemsize]
+        flat = torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype)
         stride = info.stride or torch.empty(info.shape, device="meta").stride()
         found[name] = flat.as_strided(info.shape, stride).clone()
     return found

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlm.kernels import cpu
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,3 +135,37 @@ def test_equivalence(tmp_path: Path) -> None:
         assert rows[backend, "bitsandbytes, float32, no repacking"]["largest_logit_difference"] == 0
     assert rows["int8", "compressed-tensors, as it is"]["worst_linear"] < 1e-5
     assert json.loads(out.read_text())["rows"] == report["rows"]
+
+
+@pytest.mark.skipif(not cpu.available(), reason="qlm was installed without its CPU kernels")
+def test_cpu_speed(tmp_path: Path, folder_of: Any) -> None:
+    """Two sides of qlm, a peer of this environment and a foreign one; every ratio is the peer's time over qlm's."""
+    says = (
+        'print("noise"); print(\'{"peer": "foreign", "prefill_ms": 1000.0, "decode_ms_per_token": 1e6}\'); print("end")'
+    )
+    out = tmp_path / "results"
+    summary = last_line(
+        run(
+            "cpu_speed", "--checkpoint", folder_of("opt"), "--variant", f"again={folder_of('opt')}", "--installed",
+            "transformers-bf16", "--peer", f"{sys.executable} -c {shlex.quote(says)}", "--prompt", "8", "--new", "2", "--threads", "1",
+            "--rounds", "2", "--repeats", "1", "--name", "A shape", "--out", out,
+        )
+    )  # fmt: skip
+    report = json.loads((out / "cpu_speed-a-shape.json").read_text())
+    assert set(summary["medians"]) == set(report["runs"]) == {"qlm-float", "qlm-again", "transformers-bf16", "foreign"}
+    assert all(len(results) == 2 for results in report["runs"].values())
+    for side in ("qlm-float", "qlm-again"):
+        ours = report["medians"][side]
+        for peer in ("transformers-bf16", "foreign"):
+            for key in ("prefill_ms", "decode_ms_per_token"):
+                ratio = report["times_as_fast"][side][peer][key]
+                assert ratio == pytest.approx(report["medians"][peer][key] / ours[key], rel=1e-3, abs=1e-3)
+    assert all(result["gb_per_s_before"] > 0 for results in report["runs"].values() for result in results)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="qlm was installed without its CPU kernels")
+def test_cpu_speed_refuses_a_peer_that_says_nothing(folder_of: Any) -> None:
+    done = run("cpu_speed", "--variant", f"a={folder_of('opt')}", "--peer", "echo hello", "--prompt", "4", "--new", "1")
+    assert done.returncode == 1
+    assert "echo hello: exit code 0; expected a line of JSON with prefill_ms and decode_ms_per_token" in done.stderr
+    assert run("cpu_speed").stderr.startswith("nothing to measure")

@@ -1,4 +1,5 @@
-"""The torch references of the ops: against float64, compressed-tensors, `qlm.numerics` and torch's own op checks."""
+"""The ops, by their torch references and by the CPU kernels: against float64, compressed-tensors, `qlm.numerics` and torch's own
+op checks. What only the way to the kernels can get wrong is in test_cpu_ops.py."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlm.kernels import ops
+from qlm.kernels import activations, cpu_ops, ops
 from qlm.kernels.ops import (
     MAX_IN_FEATURES,
     dequantize_gptq,
@@ -23,6 +24,13 @@ from qlm.numerics import nf4, packing
 # weight's rounding and a float32 sum of up to 320 products for the others, whose errors average out.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
+# What rounding activations to int8 may change, one scale max|x| / 127 for each part of them: a code is off by at most half a
+# step. In the worst case all errors add up; they are random, so that the sum of K of them grows with sqrt(K). 5 standard
+# deviations of a uniform error.
+INT8_STEP_DEVIATION = 1 / 127 / 12**0.5 * 5
+# The scale at which linear_nf4.cpp rounds the NF4 levels to int8.
+NF4_LEVEL_SCALE = 124.13
+
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
 LEADING = pytest.mark.parametrize(
     "leading", [(), (1,), (3,), (2, 5), (2, 1, 3), (0,), (4, 0)], ids=lambda s: "x".join(map(str, s)) or "vector"
@@ -33,6 +41,19 @@ symmetric_or_not = pytest.mark.parametrize("symmetric", [False, True], ids=["asy
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(params=["native", "reference"])
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the CPU kernels, and with the torch references."""
+    if request.param == "reference":
+        monkeypatch.setattr(cpu_ops, "native", lambda: None)
+    elif cpu_ops.native() is None:
+        pytest.skip("the CPU kernels are not installed, or QLM_KERNELS=reference")
+    return str(request.param)
+
+
+both_ways = pytest.mark.usefixtures("computed_by")
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -91,6 +112,28 @@ class Layer:
         qzeros = packing.encode_zero_points(zero_point, bits, "gptq_v2" if version == "v2" else "gptq")
         self.tensors = (packing.pack_rows(codes, bits), qzeros, scales, g_idx)
 
+    def order(self) -> torch.Tensor:
+        """The in features, those of a group side by side."""
+        return torch.arange(self.shape[1]) if self.kind == "nf4" else torch.argsort(self.tensors[3], stable=True)
+
+    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, I] and the weight as the kernels of the 4-bit formats have them: int8 codes times scales, in float64, in
+        features sorted by group."""
+        order = self.order()
+        x, weight = x[:, order], self.weight[:, order]
+        part = activations.NF4_GROUP if self.kind == "nf4" else activations.gptq_group(64, self.settings["bits"])
+        parts = x.float().unflatten(-1, (-1, part))
+        absmax = parts.abs().amax(dim=-1, keepdim=True)
+        codes = (parts * torch.where(absmax > 0, 127 / absmax, 0.0)).round()
+        if self.kind == "nf4":
+            packed, absmax_of_weight = self.tensors
+            levels = torch.tensor(ops.NF4_LEVELS, dtype=torch.float64)
+            rounded_levels = (levels * NF4_LEVEL_SCALE).round() / NF4_LEVEL_SCALE
+            weight = rounded_levels[packing.unpack_nf4(packed).long()].view(-1, 64) * absmax_of_weight.double().view(
+                -1, 1
+            )
+        return (codes.double() * (absmax / 127).double()).flatten(-2), weight.view(self.shape)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.op(x, *self.tensors, self.bias, **self.settings)
 
@@ -112,17 +155,42 @@ FEW_KINDS = ["int8-asymmetric", "int8-symmetric", "nf4", "gptq-3-v1-act", "gptq-
 @pytest.mark.parametrize("kind", WEIGHT_ONLY_KINDS)
 @with_and_without_bias
 @DTYPES
-def test_weight_only_layers_against_float64(kind, with_bias, dtype):
+def test_weight_only_layers_against_float64(kind, with_bias, dtype, computed_by):
     layer = Layer(kind, with_bias)
     x = random(7, 320, dtype=dtype)
-    weight = layer.weight.float().to(dtype).double()
-    expected = nn.functional.linear(x.double(), weight, None if layer.bias is None else layer.bias.to(dtype).double())
+    if computed_by == "reference":
+        bias = None if layer.bias is None else layer.bias.to(dtype).double()
+        expected = nn.functional.linear(x.double(), layer.weight.float().to(dtype).double(), bias)
+    else:
+        bias = None if layer.bias is None else layer.bias.double()
+        expected = nn.functional.linear(*layer.rounded(x), bias)
     assert_close(layer(x), expected, dtype)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_ONLY_KINDS)
+@DTYPES
+def test_what_rounding_activations_changes(kind, dtype):
+    layer = Layer(kind)
+    x = random(200, 320, dtype=dtype)
+    with ops.float_activations():
+        exact = layer(x)
+    exact_again = getattr(ops, f"{layer.op.__name__}_reference")(*layer.raw(x))
+    assert torch.equal(exact, exact_again)
+    plain = nn.functional.linear(x.double(), layer.weight, layer.bias.double())
+    order = layer.order()
+    parts, weights = (t.double().abs()[:, order].unflatten(-1, (-1, 64)) for t in (x, layer.weight))
+    bound = INT8_STEP_DEVIATION * (parts.amax(-1).square() @ weights.square().sum(-1).t()).sqrt()
+    if kind == "nf4":  # roundings of the levels are errors of the weight, and as random
+        levels = layer.rounded(x)[1] - layer.weight
+        bound += 5 * (x.double().square() @ levels.square().t()).sqrt()
+    error = (layer(x).double() - plain).abs()
+    assert (error <= bound + TOLERANCE[dtype] * plain.abs().max()).all()
 
 
 @pytest.mark.parametrize("kind", ["int8-asymmetric", "int8-symmetric"])
 @with_and_without_bias
 @DTYPES
+@both_ways
 def test_int8_layers_against_float64(kind, with_bias, dtype):
     layer = Layer(kind, with_bias)
     x = random(7, 320, dtype=dtype)
@@ -142,6 +210,7 @@ def test_int8_layers_against_float64(kind, with_bias, dtype):
 @pytest.mark.parametrize("kind", FEW_KINDS)
 @LEADING
 @DTYPES
+@both_ways
 def test_any_leading_shape(kind, leading, dtype):
     layer = Layer(kind)
     x = random(math.prod(leading), 320, dtype=dtype)
@@ -154,13 +223,20 @@ def test_any_leading_shape(kind, leading, dtype):
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS)
-def test_x_may_be_a_view(kind):
+def test_x_may_be_a_view(kind, computed_by):
     layer = Layer(kind)
-    x = random(320, 6).t()
-    assert torch.equal(layer(x), layer(x.contiguous()))
+    wide = random(12, 640)
+    views = (random(320, 6).t(), wide[:, 7:327], wide[::2, ::2], random(320).expand(4, 320), random(2, 320, 3).mT)
+    for x in views:
+        assert not x.is_contiguous()
+        if computed_by == "native" or kind.startswith("int8"):
+            assert torch.equal(layer(x), layer(x.contiguous()))
+        else:  # torch may sum in another order
+            assert_close(layer(x), layer(x.contiguous()), x.dtype)
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS)
+@both_ways
 def test_dtype_stays_that_of_x_under_autocast(kind):
     layer = Layer(kind)
     x = random(5, 320).requires_grad_()
@@ -177,6 +253,7 @@ def test_dtype_stays_that_of_x_under_autocast(kind):
 @pytest.mark.parametrize("kind", FEW_KINDS)
 @with_and_without_bias
 @DTYPES
+@both_ways
 def test_opcheck(kind, with_bias, dtype):
     layer = Layer(kind, with_bias)
     op = getattr(torch.ops.qlm, layer.op.__name__).default
@@ -238,8 +315,9 @@ def test_gradient_by_finite_differences(kind):
     x, direction, gradient = random(3, 320), random(3, 320, seed=3), random(3, 96, seed=4)
     leaf = x.clone().requires_grad_()
     layer(leaf).backward(gradient)
-    # The op is linear in x, so that one wide step is as good as a narrow one.
-    difference = ((layer(x + direction) - layer(x - direction)).double() * gradient).sum() / 2
+    # The op is linear in x, so that one wide step is as good as a narrow one; but not with rounded activations.
+    with ops.float_activations():
+        difference = ((layer(x + direction) - layer(x - direction)).double() * gradient).sum() / 2
     assert difference.item() == pytest.approx((leaf.grad.double() * direction).sum().item(), rel=1e-4)
 
 
@@ -302,23 +380,26 @@ def test_zero_is_always_coded_exactly(symmetric):
     assert torch.equal(q[:, 3:4].int(), zero_point)
 
 
-@symmetric_or_not
+@pytest.mark.parametrize("kind", FEW_KINDS)
 @DTYPES
-def test_tokens_of_zeros_give_the_bias(symmetric, dtype):
-    layer = Layer("int8-symmetric" if symmetric else "int8-asymmetric")
+@both_ways
+def test_tokens_of_zeros_give_the_bias(kind, dtype):
+    layer = Layer(kind)
     y = layer(torch.zeros(3, 320, dtype=dtype))
     assert torch.equal(y, layer.bias.to(dtype).expand(3, -1))
 
 
-@symmetric_or_not
+@pytest.mark.parametrize("kind", FEW_KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_values_that_are_not_finite_spoil_their_token_alone(symmetric, value):
-    layer = Layer("int8-symmetric" if symmetric else "int8-asymmetric")
+def test_values_that_are_not_finite_spoil_their_token_alone(kind, value, computed_by):
+    layer = Layer(kind)
     x = random(4, 320)
     good = layer(x)
     x[2, 7] = value
     y = layer(x)
-    assert y[2].isnan().all()
+    # The references of the others give infinities where the arithmetic does.
+    weight_only = computed_by == "reference" and not kind.startswith("int8")
+    assert not (y[2].isfinite().any() if weight_only else ~y[2].isnan().all())
     assert torch.equal(y[[0, 1, 3]], good[[0, 1, 3]])
 
 
@@ -368,6 +449,7 @@ def test_sums_of_tiny_layers_are_exact(out_features, in_features):
     assert torch.equal(ops._int8_matmul(q, weight).long(), q.long() @ weight.long().t())
 
 
+@both_ways
 def test_an_int8_weight_may_be_a_view():
     layer = Layer("int8-asymmetric")
     x = random(6, 320)
@@ -394,6 +476,7 @@ def test_chunked_sums_are_exact_with_reduced_float32_products(precision):
 
 
 @pytest.mark.parametrize("level", [127, -127, -128])
+@both_ways
 def test_the_longest_rows_do_not_overflow(level):
     weight = torch.full((8, MAX_IN_FEATURES), level, dtype=torch.int8)
     x = torch.ones(2, MAX_IN_FEATURES)
@@ -404,14 +487,15 @@ def test_the_longest_rows_do_not_overflow(level):
 
 
 @MATMULS
-def test_the_op_is_the_same_with_either_product(matmul, monkeypatch):
+def test_the_reference_is_the_same_with_either_product(matmul, monkeypatch):
     layer = Layer("int8-asymmetric")
     x = random(6, 320)
     expected = layer(x)
     monkeypatch.setattr(ops, "_int8_matmul", matmul)
-    assert torch.equal(layer(x), expected)
+    assert torch.equal(ops.int8_linear_reference(*layer.raw(x)), expected)
 
 
+@both_ways
 def test_int8_refuses_what_does_not_fit():
     codes, scale, row_sum = Layer("int8-asymmetric").tensors
     x = random(2, 320)
@@ -481,6 +565,7 @@ def test_consecutive_groups_and_gathered_ones_give_the_same_weight(group_size, d
     assert torch.equal(weight, expected.t().float())
 
 
+@both_ways
 def test_gptq_refuses_what_does_not_fit():
     layer = Layer("gptq-4-v1-seq")
     qweight, qzeros, scales, g_idx = layer.tensors
@@ -518,10 +603,12 @@ def test_dequantized_nf4_weight_agrees_with_numerics(shape, block):
     weight = ops.dequantize_nf4(packed, absmax, *shape, block)
     assert torch.equal(weight, nf4.dequantize_nf4(codes, absmax, shape, block))
     x = random(3, shape[1])
-    y = nf4_linear(x, packed, absmax, out_features=shape[0], in_features=shape[1], block=block)
+    with ops.float_activations():
+        y = nf4_linear(x, packed, absmax, out_features=shape[0], in_features=shape[1], block=block)
     assert torch.equal(y, nn.functional.linear(x, weight))
 
 
+@both_ways
 def test_nf4_refuses_what_does_not_fit():
     packed, absmax = Layer("nf4").tensors
     x = random(2, 320)
@@ -547,10 +634,12 @@ def test_cuda_agrees_with_the_cpu(kind):
     for tokens in (1, 16, 17, 40):  # the int8 product pads up to 16 rows
         for dtype in TOLERANCE:
             x = random(tokens, 320, dtype=dtype)
-            assert_close(on_gpu(x.cuda()).cpu(), on_cpu(x), dtype)
+            with ops.float_activations():
+                assert_close(on_gpu(x.cuda()).cpu(), on_cpu(x), dtype)
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS)
+@both_ways
 def test_ops_stay_whole_in_a_compiled_graph(kind):
     layer = Layer(kind)
     x = random(4, 320).requires_grad_()

@@ -19,11 +19,13 @@ constexpr int64_t BYTES = 4 * W;  // in a vector
 constexpr int ROWS = 4;
 constexpr int TOKENS = REGISTERS == 32 ? 6 : 2;
 constexpr int64_t CHUNK = 64;  // out features whose sums are finished together
+constexpr int64_t SUMS = CHUNK + 16;  // from one token's sums to the next's; tiles of three rows write four sums
 constexpr int64_t FEW = 12;
 constexpr int64_t AHEAD = 4096;  // bytes that are asked for in advance
 
 // Tokens in a tile, so that all tiles of a few tokens are about as large.
 inline int64_t tile_of(int64_t tokens) {
+  if (REGISTERS == 32 && (tokens == 7 || tokens == 8)) return tokens;  // with three rows
   const int64_t tiles = (tokens + TOKENS - 1) / TOKENS;
   return (tokens + tiles - 1) / tiles;
 }
@@ -85,34 +87,35 @@ void prepare(const qlm_linear &linear, int64_t tokens, int64_t t, const float *x
   }
 }
 
-// sums[t][r] = sum_i u[t, i] w[r, i] for four rows (which may be the same) and T tokens. With FETCH the rows come from
-// memory, and those `ahead` bytes further on are asked for.
-template <int T, bool FETCH>
+// sums[t][r] = sum_i u[t, i] w[r, i] for R rows (which may be the same) and T tokens; writes four sums for each token. With
+// FETCH the rows come from memory, and those `ahead` bytes further on are asked for.
+template <int R, int T, bool FETCH>
 inline void dot_tile(const int8_t *const (&w)[ROWS], const uint8_t *x, int64_t x_stride, int64_t width, int64_t ahead,
                      int32_t *sums) {
-  VI acc[T][ROWS];
+  VI acc[T][R];
   for (int t = 0; t < T; ++t)
-    for (int r = 0; r < ROWS; ++r) acc[t][r] = zero_i32();
+    for (int r = 0; r < R; ++r) acc[t][r] = zero_i32();
   const int64_t whole = width / BYTES * BYTES;
   for (int64_t i = 0; i < whole; i += BYTES) {
-    VI weight[ROWS];
-    for (int r = 0; r < ROWS; ++r) weight[r] = load_i32(w[r] + i);
+    VI weight[R];
+    for (int r = 0; r < R; ++r) weight[r] = load_i32(w[r] + i);
     if (FETCH)
-      for (int r = 0; r < ROWS; ++r) prefetch(w[0] + ahead + i * ROWS + r * BYTES);
+      for (int r = 0; r < R; ++r) prefetch(w[0] + ahead + i * R + r * BYTES);
     for (int t = 0; t < T; ++t) {
       VI u = load_i32(x + t * x_stride + i);
-      for (int r = 0; r < ROWS; ++r) acc[t][r] = dot_u8_s8(acc[t][r], u, weight[r]);
+      for (int r = 0; r < R; ++r) acc[t][r] = dot_u8_s8(acc[t][r], u, weight[r]);
     }
   }
   if (whole < width) {
-    VI weight[ROWS];
-    for (int r = 0; r < ROWS; ++r) weight[r] = load_bytes_n(w[r] + whole, width - whole);
+    VI weight[R];
+    for (int r = 0; r < R; ++r) weight[r] = load_bytes_n(w[r] + whole, width - whole);
     for (int t = 0; t < T; ++t) {
       VI u = load_i32(x + t * x_stride + whole);  // rows of activations are padded
-      for (int r = 0; r < ROWS; ++r) acc[t][r] = dot_u8_s8(acc[t][r], u, weight[r]);
+      for (int r = 0; r < R; ++r) acc[t][r] = dot_u8_s8(acc[t][r], u, weight[r]);
     }
   }
-  for (int t = 0; t < T; ++t) store_sums4_i32(sums + t * CHUNK, acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+  for (int t = 0; t < T; ++t) 
+    store_sums4_i32(sums + t * SUMS, acc[t][0], acc[t][R > 1 ? 1 : 0], acc[t][R > 2 ? 2 : 0], acc[t][R > 3 ? 3 : 0]);
 }
 
 // One token: row after row in one stream, which is what the memory system is best at (0.97 of the bandwidth of plain
@@ -141,13 +144,15 @@ void dot_tokens(int64_t tokens, const int8_t *const (&w)[ROWS], const uint8_t *x
                 int32_t *sums) {
   const int64_t ahead = ROWS * width;
   switch (tokens) {
-    case 1: return dot_tile<1, FETCH>(w, x, x_stride, width, ahead, sums);
-    case 2: return dot_tile<2, FETCH>(w, x, x_stride, width, ahead, sums);
+    case 1: return dot_tile<4, 1, FETCH>(w, x, x_stride, width, ahead, sums);
+    case 2: return dot_tile<4, 2, FETCH>(w, x, x_stride, width, ahead, sums);
 #if defined(QLM_ISA_AVX512VNNI)
-    case 3: return dot_tile<3, FETCH>(w, x, x_stride, width, ahead, sums);
-    case 4: return dot_tile<4, FETCH>(w, x, x_stride, width, ahead, sums);
-    case 5: return dot_tile<5, FETCH>(w, x, x_stride, width, ahead, sums);
-    case 6: return dot_tile<6, FETCH>(w, x, x_stride, width, ahead, sums);
+    case 3: return dot_tile<4, 3, FETCH>(w, x, x_stride, width, ahead, sums);
+    case 4: return dot_tile<4, 4, FETCH>(w, x, x_stride, width, ahead, sums);
+    case 5: return dot_tile<4, 5, FETCH>(w, x, x_stride, width, ahead, sums);
+    case 6: return dot_tile<4, 6, FETCH>(w, x, x_stride, width, ahead, sums);
+    case 7: return dot_tile<3, 7, FETCH>(w, x, x_stride, width, 3 * width, sums);
+    case 8: return dot_tile<3, 8, FETCH>(w, x, x_stride, width, 3 * width, sums);
 #endif
   }
 }
@@ -162,7 +167,7 @@ void finish(const qlm_linear &linear, const Prepared &p, int64_t t0, int64_t tok
     const VF bias = linear.bias ? load_f32_n(linear.bias + at, n) : zero_f32();
     for (int64_t t = 0; t < tokens; ++t) {
       // The true difference fits into int32; the two terms may have wrapped around.
-      VI sum = sub_i32(load_i32(sums + t * CHUNK + r), mul_i32(set1_i32(p.zero[t0 + t]), row_sum));
+      VI sum = sub_i32(load_i32(sums + t * SUMS + r), mul_i32(set1_i32(p.zero[t0 + t]), row_sum));
       VF value = mul_f32(mul_f32(to_f32(sum), weight_scale), set1_f32(p.scale[t0 + t]));
       if (linear.bias) value = add_f32(value, bias);
       if (epilogue.activation != QLM_NONE) value = activate_vector(epilogue.activation, value);
@@ -204,7 +209,7 @@ void run(const qlm_linear &linear, int64_t tokens, const void *memory, int64_t o
   const int64_t width = linear.in_features;
   if (width > FULL_RANGE) return run_wide(linear, p, tokens, o0, o1, epilogue, y, y_stride);
   const int8_t *weight = static_cast<const int8_t *>(linear.weight);
-  alignas(64) int32_t sums[FEW * CHUNK];
+  alignas(64) int32_t sums[FEW * SUMS];
   // Few tokens: their codes stay in the first cache, and each weight is read once. Many: a chunk of the weight stays in
   // the second one while token after token passes.
   const bool few = tokens <= FEW;
@@ -213,7 +218,8 @@ void run(const qlm_linear &linear, int64_t tokens, const void *memory, int64_t o
     const int64_t rows = min_i64(CHUNK, o1 - o);
     for (int64_t t = 0; t < tokens; t += together) {
       const int64_t now = min_i64(together, tokens - t);
-      for (int64_t r = 0; r < rows; r += ROWS) {
+      const int64_t step = tile > TOKENS ? 3 : ROWS;
+      for (int64_t r = 0; r < rows; r += step) {
         const int8_t *w[ROWS];
         for (int k = 0; k < ROWS; ++k) w[k] = weight + (o + min_i64(r + k, rows - 1)) * width;
         if (tokens == 1) {
@@ -223,9 +229,9 @@ void run(const qlm_linear &linear, int64_t tokens, const void *memory, int64_t o
         for (int64_t k = 0; k < now; k += tile) {
           const uint8_t *x = p.codes + (t + k) * p.stride;
           if (few && k == 0)
-            dot_tokens<true>(min_i64(tile, now - k), w, x, p.stride, width, sums + k * CHUNK + r);
+            dot_tokens<true>(min_i64(tile, now - k), w, x, p.stride, width, sums + k * SUMS + r);
           else
-            dot_tokens<false>(min_i64(tile, now - k), w, x, p.stride, width, sums + k * CHUNK + r);
+            dot_tokens<false>(min_i64(tile, now - k), w, x, p.stride, width, sums + k * SUMS + r);
         }
       }
       finish(linear, p, t, now, o, rows, sums, epilogue, y, y_stride);

@@ -1,0 +1,121 @@
+"""The module that runs NF4 linears: bitsandbytes' Linear4bit, so that PEFT and everything else that knows that class works,
+with qlm's own kernels for passes on a CPU. This module is the project's only door to bitsandbytes.
+
+On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a Linear4bit at its first forward pass and rounds every absmax to bf16 (a
+relative error of up to 0.4 % in each block, silently, and lossy when saved again). Modules made here do not: they compute
+from the file's absmax.
+"""
+
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+from torch import Tensor, nn
+
+from qlm.formats.nf4 import BLOCK
+from qlm.kernels import activations
+from qlm.kernels.cpu_ops import takes_nf4
+from qlm.kernels.ops import nf4_activations, nf4_linear
+
+
+class _Operands(NamedTuple):
+    """What `nf4_linear` takes, and what that was made of.
+
+    Attributes:
+        weight, statistics: the parameter, and its state's absmax (codes of it, with double quantization).
+        packed: the parameter's data as a plain tensor; the op would make another Params4bit of its result.
+        absmax: float32 [O * I / 64].
+    """
+
+    weight: Any
+    statistics: Tensor
+    packed: Tensor
+    absmax: Tensor
+
+
+class Nf4Linear(bnb.nn.Linear4bit):
+    """y = x W^T + b in `compute_dtype`, returned in x's dtype.
+
+    On CPUs `nf4_linear` computes it where its kernels take the layer, with activations rounded to int8 in groups of 64, and
+    bitsandbytes does elsewhere; gradients are those of the dequantized weight either way. With double quantization absmax
+    is decoded once and kept while the weight is on a CPU: 4 bytes for 64 weights, half a bit a weight.
+    """
+
+    weight: Any  # a Params4bit
+    # Never saved nor copied; None where another kind of weight is here, or it is on a GPU.
+    _operands: _Operands | None = None
+
+    @classmethod
+    def of(
+        cls, packed: Tensor, state: dict[str, Any], bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+    ) -> "Nf4Linear":
+        """
+        Args:
+            packed: uint8 [O * I / 2, 1]. state: bitsandbytes' quantization state, by its names without "weight.".
+            shape: (O, I). dtype: what to compute in, and the bias's.
+        """
+        module = cls(
+            shape[1], shape[0], bias=bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta",
+            compress_statistics="nested_absmax" in state,
+        )  # fmt: skip
+        module.weight = bnb.nn.Params4bit.from_prequantized(
+            packed, state, requires_grad=False, device=packed.device, module=module
+        )
+        if bias is not None:
+            module.bias = nn.Parameter(bias.to(dtype))
+        module.support_avx512bf16_for_cpu = False
+        module._refresh()
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = self._current() if x.is_cpu else None
+        # A compiled graph always has the op in it, which chooses when it runs.
+        if operands is None or not (torch.compiler.is_compiling() or self._native(operands)):
+            return super().forward(x)
+        y = nf4_linear(
+            x.to(self.compute_dtype or x.dtype), operands.packed, operands.absmax, self.bias,
+            out_features=self.out_features, in_features=self.in_features, block=BLOCK,
+        )  # fmt: skip
+        return y.to(x.dtype)
+
+    def activation_format(self) -> str:
+        """What a forward pass does with activations, here and now: "int8 in groups of 64", or "float"."""
+        operands = self._current() if self.weight.is_cpu else None
+        if operands is None:
+            return activations.FLOAT
+        return nf4_activations(operands.packed, operands.absmax, in_features=self.in_features, block=BLOCK)
+
+    def _native(self, operands: _Operands) -> bool:
+        return takes_nf4(operands.packed, operands.absmax, self.in_features, BLOCK)
+
+    def _current(self) -> _Operands | None:
+        fix_4bit_weight_quant_state_from_module(self)
+        operands, weight = self._operands, self.weight
+        if operands is None or operands.weight is not weight or operands.statistics is not weight.quant_state.absmax:
+            self._refresh()
+        return self._operands
+
+    @torch.compiler.disable
+    def _refresh(self) -> None:
+        self._operands, weight, state = None, self.weight, self.weight.quant_state
+        as_in_files = (
+            weight.is_cpu
+            and state is not None
+            and state.quant_type == "nf4"
+            and state.blocksize == BLOCK
+            and tuple(state.shape) == (self.out_features, self.in_features)
+            and not getattr(state, "packing_format_for_cpu", False)
+        )
+        if as_in_files:
+            absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+            self._operands = _Operands(weight, state.absmax, weight.as_subclass(Tensor), absmax)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        module: nn.Module = super()._apply(fn, recurse)
+        self._refresh()
+        return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_operands"}
