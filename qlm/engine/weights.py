@@ -41,6 +41,8 @@ ACTIVATIONS: Final = {
 }
 # OPT's config has no field for it: torch's default, which the released models were trained with.
 OPT_LAYER_NORM_EPS: Final = 1e-5
+# Of a head that is turned into int8: so many rows are in memory in both forms.
+_ROWS_AT_A_TIME = 4096
 _MADV_DONTNEED: Final = 4  # <sys/mman.h> on Linux
 
 
@@ -247,15 +249,19 @@ class _Builder:
             return _READABLE[mapped.dtype]
         rows, columns = mapped.shape
         codes, scale, sums = np.empty(mapped.shape, np.int8), np.empty(rows, np.float32), np.empty(rows, np.int32)
-        try:
-            self.native.qlm_int8_quantize_rows(
-                self.team.handle, mapped.address, DTYPE_CODES[mapped.dtype], rows, columns,
-                codes.ctypes.data, scale.ctypes.data, sums.ctypes.data,
-            )  # fmt: skip
-        except QlmError as error:
-            raise type(error)(f"{path}.weight: {error}") from None
-        # The embedding shares these pages where the head is tied: rows that are looked up come back by themselves.
-        self.forget_pages(mapped)
+        row_bytes = mapped.nbytes // rows
+        for first in range(0, rows, _ROWS_AT_A_TIME):
+            count = min(_ROWS_AT_A_TIME, rows - first)
+            start = mapped.address + first * row_bytes
+            try:
+                self.native.qlm_int8_quantize_rows(
+                    self.team.handle, start, DTYPE_CODES[mapped.dtype], count, columns,
+                    codes[first:].ctypes.data, scale[first:].ctypes.data, sums[first:].ctypes.data,
+                )  # fmt: skip
+            except QlmError as error:
+                raise type(error)(f"{path}.weight, from row {first} on: {error}") from None
+            # The embedding shares these pages where the head is tied: rows that are looked up come back by themselves.
+            self.forget_pages(start, count * row_bytes)
         model.head = cpu.Linear(
             in_features=columns, out_features=rows, format=cpu.INT8, weight=self.address(codes), scale_dtype=cpu.F32,
             scale=self.address(scale), row_sum=self.address(sums), bias=self.vector(f"{path}.bias"),
@@ -264,14 +270,14 @@ class _Builder:
         self.bytes_per_token += codes.nbytes + scale.nbytes + sums.nbytes
         return "int8"
 
-    def forget_pages(self, mapped: MappedTensor) -> None:
-        """Tell the kernel that the pages of a tensor are not needed any more: they stay in the page cache, and do not
-        count as this process's memory. Pages that other tensors share are left.
+    def forget_pages(self, address: int, nbytes: int) -> None:
+        """Tell the kernel that pages of a file are not needed any more: they stay in the page cache, and do not count
+        as this process's memory. Pages that reach beyond the range are left.
         """
         page = 4096
-        start, stop = -(-mapped.address // page) * page, (mapped.address + mapped.nbytes) // page * page
+        start, stop = -(-address // page) * page, (address + nbytes) // page * page
         # A tensor that was copied into memory is not in a file: for it the advice would mean zeros.
-        inside = any(a <= mapped.address < a + size for a, size in self.opened.checkpoint.mappings())
+        inside = any(a <= address < a + size for a, size in self.opened.checkpoint.mappings())
         if inside and stop > start:
             madvise = ctypes.CDLL(None, use_errno=True).madvise
             madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

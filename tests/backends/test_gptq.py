@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from qlm.backends import BACKENDS, Statistics, backend_of
 from qlm.backends.gptq import GptqBackend, GptqFormat
 from qlm.errors import DataError, UsageError
-from tests.backends.conftest import check_gradients, check_layout, random, settings_of
+from tests.backends.conftest import check_gradients, check_layout, check_output, random, settings_of
 
 backend = GptqBackend()
 SHAPE = (64, 128)
@@ -68,7 +68,7 @@ def test_from_weight_to_output(bits: int, symmetric: bool, group_size: int, orde
     assert (back - weight).norm() / weight.norm() < {2: 0.8, 3: 0.4, 4: 0.2, 8: 0.02}[bits]
     module = backend.module(made.tensors, bias, SHAPE, how, torch.float32).eval()
     expected = linear(x.double(), back.double(), bias.double())
-    assert ((module(x).double() - expected).abs().max() / expected.abs().max()) < TOLERANCE
+    check_output(module, x, expected, TOLERANCE)
     # The order of the inputs' groups in the file says whether desc_act is needed.
     assert how.desc_act or torch.equal(made.tensors["g_idx"].diff(), made.tensors["g_idx"].diff().clamp(min=0))
 
@@ -103,8 +103,7 @@ def test_reads_what_others_write(bits: int, v2: bool, permuted: bool) -> None:
     assert torch.equal(backend.dequantize(tensors, SHAPE, how), weight.float())
     x = random(5, SHAPE[1])
     expected = linear(x.double(), weight)
-    out = backend.module(tensors, None, SHAPE, how, torch.float32)(x)
-    assert ((out.double() - expected).abs().max() / expected.abs().max()) < TOLERANCE
+    check_output(backend.module(tensors, None, SHAPE, how, torch.float32), x, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("wrong", [-1, 4, 2**31 - 1])

@@ -1,8 +1,11 @@
 """NF4: byte for byte bitsandbytes' state dict, modules that compute from the file's absmax, hostile states and configs."""
 
+import copy
 import json
+import pickle
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +15,10 @@ from qlm.backends import BACKENDS, backend_of
 from qlm.backends.nf4 import Nf4Backend, pack_state
 from qlm.errors import DataError, UsageError
 from qlm.formats.nf4 import STATE, Nf4Format, unpack_state
-from tests.backends.conftest import check_gradients, check_layout, random, same_bytes, settings_of
+from qlm.kernels import cpu_ops
+from qlm.kernels.ops import float_activations, nf4_linear
+from qlm.numerics.nf4 import double_dequantize
+from tests.backends.conftest import check_gradients, check_layout, check_output, random, same_bytes, settings_of
 
 backend = Nf4Backend()
 SHAPE = (96, 192)
@@ -67,10 +73,102 @@ def test_from_weight_to_output(dtype: torch.dtype, double_quant: bool) -> None:
     module = backend.module(tensors, bias, SHAPE, how, torch.float32).eval()
     x = random(5, SHAPE[1], seed=2)
     expected = linear(x.double(), back.double(), bias.double())
-    with torch.no_grad():
-        for _ in range(2):  # bitsandbytes' repacking would happen in the first pass
-            assert ((module(x).double() - expected).abs().max() / expected.abs().max()) < TOLERANCE
+    for _ in range(2):  # bitsandbytes' repacking would happen in the first pass
+        check_output(module, x, expected, TOLERANCE)
     check_gradients(module, back, SHAPE[1])
+
+
+def module_of(
+    weight: Tensor, double_quant: bool, dtype: torch.dtype = torch.float32, bias: Tensor | None = None
+) -> Any:
+    tensors = quantize(weight, double_quant)
+    return backend.module(tensors, bias, SHAPE, Nf4Format(double_quant, "float32"), dtype).eval()
+
+
+needs_kernels = pytest.mark.skipif(cpu_ops.native() is None, reason="the CPU kernels are not installed")
+
+
+@needs_kernels
+@nested_or_not
+@DTYPES
+@torch.no_grad()
+def test_a_pass_on_a_cpu_is_the_op(dtype: torch.dtype, double_quant: bool) -> None:
+    weight, bias, x = random(*SHAPE), random(SHAPE[0], seed=1), random(2, 3, SHAPE[1], seed=2)
+    tensors = quantize(weight, double_quant)
+    absmax = tensors["weight.absmax"]
+    if double_quant:
+        offset = unpack_state(as_bytes(tensors[STATE]))["nested_offset"]
+        absmax = double_dequantize(absmax, tensors["weight.nested_absmax"], offset)
+    module = module_of(weight, double_quant, dtype, bias)
+    assert isinstance(module, bitsandbytes.nn.Linear4bit)
+    expected = nf4_linear(
+        x.to(dtype), tensors["weight"], absmax, bias.to(dtype), out_features=SHAPE[0], in_features=SHAPE[1]
+    )
+    for given in (torch.float32, dtype):
+        out = module(x.to(dtype).to(given))
+        assert type(out) is Tensor
+        assert same_bytes(out, expected.to(given))
+    assert module.activation_format() == "int8 in groups of 64"
+    with float_activations():
+        assert not torch.equal(module(x), expected)
+        assert module.activation_format() == "float"
+
+
+@needs_kernels
+@nested_or_not
+def test_copies_and_pickles(double_quant: bool) -> None:
+    module, x = module_of(random(*SHAPE), double_quant), random(4, SHAPE[1])
+    expected = module(x)
+    pickled = pickle.dumps(module)
+    assert b"_operands" not in pickled
+    for other in (copy.deepcopy(module), pickle.loads(pickled)):
+        assert torch.equal(other(x), expected)
+        other.weight.data.zero_()
+        assert torch.equal(module(x), expected)
+
+
+@needs_kernels
+@nested_or_not
+def test_another_weight_is_noticed(double_quant: bool) -> None:
+    """As PEFT puts one there when it merges an adapter."""
+    module, x = module_of(random(*SHAPE), double_quant), random(4, SHAPE[1])
+    module(x)
+    weight = random(*SHAPE, seed=5)
+    module.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=double_quant
+    ).to("cpu")
+    assert torch.equal(module(x), module_of(weight, double_quant)(x))
+    module.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="fp4").to("cpu")
+    assert module.activation_format() == "float"
+    assert (module(x) - linear(x, weight)).norm() / linear(x, weight).norm() < 0.2
+
+
+@nested_or_not
+@torch.no_grad()
+def test_a_repacked_weight_is_bitsandbytes_own(double_quant: bool) -> None:
+    module, x = module_of(random(*SHAPE), double_quant), random(4, SHAPE[1])
+    expected = module(x)
+    module.support_avx512bf16_for_cpu = bitsandbytes.nn.modules.has_avx512bf16()
+    if not module.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes does not repack on this CPU")
+    with float_activations():
+        module(x)
+    assert module.activation_format() == "float"
+    assert (module(x) - expected).norm() / expected.norm() < 0.02  # bf16
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@nested_or_not
+def test_compiled(double_quant: bool, fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    module, x = module_of(random(*SHAPE), double_quant), random(4, SHAPE[1]).requires_grad_()
+    expected = module(x)
+    compiled = torch.compile(module, fullgraph=fullgraph, backend="aot_eager")
+    out = compiled(x)
+    out.sum().backward()
+    assert torch.allclose(out, expected, atol=1e-4)
+    weight = backend.dequantize(quantize(random(*SHAPE), double_quant), SHAPE, Nf4Format(double_quant, "float32"))
+    assert torch.allclose(x.grad, weight.sum(0).expand(4, -1), atol=1e-4)
 
 
 @nested_or_not

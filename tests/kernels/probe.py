@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 CPU = ROOT / "qlm" / "kernels" / "cpu"
 SOURCES = (CPU / "attention.cpp", CPU / "elementwise.cpp", ROOT / "tests" / "kernels" / "cpp" / "probe.cpp")
 # As in CMakeLists.txt, but for -O3: the same instructions sooner.
-FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 
 F32, F16, BF16, I8 = range(4)  # qlm_dtype
 NONE, RELU, GELU, GELU_TANH = range(4)  # qlm_activation

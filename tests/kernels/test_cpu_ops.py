@@ -173,7 +173,7 @@ def test_what_is_done_with_activations_in_words(kind: str, words: str, monkeypat
         (96, 3, 96),
         (768, 4, 128),
         (160, 3, 32),
-        (200, 4, 104 - 64),
+        (200, 4, 40),
         (16, 2, 16),
         (1056, 3, 96),
     ],

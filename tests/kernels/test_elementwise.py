@@ -233,11 +233,11 @@ class TestEmbed:
                 np.testing.assert_array_equal(y, expected + expected)
 
     def test_every_float16_but_nan(self, probe: Probe) -> None:
-        table = np.arange(1 << 16, dtype=np.uint16)
-        table = table[~np.isnan(table.view(np.float16))][None]
-        y = np.empty(table.shape[1], np.float32)
-        probe.embed(table, F16, 0, False, y)
-        np.testing.assert_array_equal(y, table[0].view(np.float16).astype(np.float32))
+        halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+        halves = halves[~np.isnan(halves)]
+        y = np.empty(halves.size, np.float32)
+        probe.embed(halves.reshape(1, -1), F16, 0, False, y)
+        np.testing.assert_array_equal(y, halves.astype(np.float32))
 
 
 class TestRotate:

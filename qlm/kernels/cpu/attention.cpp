@@ -1,9 +1,9 @@
 // Softmax attention over the pages of a cache, and the store that fills them. All sums are float32.
 //
-// Scores: lanes are positions. A page's keys are transposed, so that one vector of keys serves every row of queries, and
-// tiles of rows x vectors stay in registers while the head dims pass. Output: lanes are head dims, positions pass. One
-// element of a result is always the sum over d, then over positions, one after the other: the bits do not depend on the
-// tile, nor on what other rows there are. Where a row may not look its weight is +0, and what lies there is finite.
+// Scores: lanes are positions. A page's keys are transposed, so that one vector of keys serves every row of queries,
+// and tiles of rows x vectors stay in registers while the head dims pass. Output: lanes are head dims, positions pass.
+// One element of a result is always the sum over d, then over positions, one after the other: the bits do not depend on
+// the tile, nor on what other rows there are. Where a row may not look its weight is +0, and what lies there is finite.
 #include "isa.h"
 #include "simd_math.h"
 
@@ -64,16 +64,12 @@ constexpr int tile_vectors(int R, int most) {
 constexpr int MOST_OF_KEYS = PAGE / W < 8 ? PAGE / W : 8;
 constexpr int MOST_OF_VALUES = 8;
 
-// sums[r][n] += a[r][i * a_step] * b[i][n], i < count: the inner loop of both products. a: float32, b: R rows' common
-// operand, vectors of cached elements, rows b_step elements apart.
+// sums[r][n] += a[r][i] * b[i][n], i < count: the inner loop of both products. a: float32, a row for each of R; b:
+// cached elements, N vectors beside each other, `b_step` elements from one i to the next.
 template <int DTYPE, int R, int N>
 inline void multiply(const float *const (&a)[R], const typename Element<DTYPE>::Type *b, int64_t b_step, int64_t count,
                      VF (&sums)[R][N]) {
   for (int64_t i = 0; i < count; ++i, b += b_step) {
-    if (R <= 2) {
-      const char *ahead = reinterpret_cast<const char *>(b) + 2048;
-      for (int64_t n = 0; n < static_cast<int64_t>(N * W * sizeof(*b)); n += 64) prefetch(ahead + n);
-    }
     if (R < N) {
       VF left[R];
       for (int r = 0; r < R; ++r) left[r] = set1_f32(a[r][i]);
@@ -112,7 +108,7 @@ void score_page(const HeadPage<DTYPE> &page, int64_t dims, const float *const *q
   }
 }
 
-// out[r][at ...] += the first `count` positions' values, weighted: N vectors of head dims, and as long as there are more.
+// out[r][at ...] += the first `count` positions' values, weighted: N vectors of head dims at a time, then fewer.
 template <int DTYPE, int R, int N>
 void weigh_vectors(const HeadPage<DTYPE> &page, int64_t dims, int64_t count, const float *const (&weights)[R],
                    float *const *out, int64_t at) {

@@ -23,6 +23,7 @@
 #include "abi.h"
 #include "cache.h"
 #include "kernels.h"
+#include "split.h"
 #include "team.h"
 
 namespace {
@@ -33,17 +34,15 @@ using qlm::fail;
 using qlm::Kernels;
 using qlm::LinearKernel;
 using qlm::PAGE;
+using qlm::Split;
+using qlm::split;
+using qlm::weight_bytes;
 
 // Tokens that go through the blocks together: enough for the weights' reading to vanish behind the arithmetic, and few
 // enough for the activations of a long prompt to stay small.
 constexpr int64_t CHUNK = 512;
 // Tokens whose logits exist at one time while scoring.
 constexpr int64_t SCORED = 32;
-// Weights in one item of a linear: an item should be long against handing it out, and short against the whole.
-constexpr int64_t SMALLEST_ITEM_BYTES = 32 << 10, LARGEST_ITEM_BYTES = 256 << 10;
-constexpr int64_t ITEMS_PER_THREAD = 8;
-// Of a linear, handed out in one long piece for each thread before the items.
-constexpr int64_t SHARE_PERCENT = 80;
 // Neighbouring positions of a page lie side by side, so one thread stores so many.
 constexpr int64_t STORED = 32;
 // Above this many tokens, work on single tokens is handed out in groups.
@@ -91,17 +90,6 @@ enum Slot {
   SLOTS
 };
 
-// How a linear's out features are cut into items: first one long share for each thread, because memory is read fastest in
-// long pieces, then short items, so that all threads end at about the same time.
-struct Split {
-  int64_t out_features = 0, shares = 0, share = 0, rows = 0, items = 0;
-
-  int64_t start(int64_t item) const {
-    const int64_t at = item <= shares ? item * share : shares * share + (item - shares) * rows;
-    return std::min(at, out_features);
-  }
-};
-
 struct BlockPlan {
   Split qkv[3], attention_out, up, down;
   Split together;  // attention_out and down at once, in blocks with parallel residual
@@ -133,15 +121,6 @@ struct Private {
   Buffer row, normed, scratch, prepared[SLOTS];
 };
 
-int64_t weight_bytes(const qlm_linear &linear) {  // of one out feature
-  switch (linear.format) {
-    case QLM_FLOAT: return linear.in_features * (linear.weight_dtype == QLM_F32 ? 4 : 2);
-    case QLM_INT8: return linear.in_features;
-    case QLM_GPTQ: return std::max<int64_t>(1, linear.in_features * linear.bits / 8);
-    default: return std::max<int64_t>(1, linear.in_features / 2);
-  }
-}
-
 int64_t common_multiple(int64_t a, int64_t b) {
   int64_t x = a, y = b;
   while (y != 0) {
@@ -150,22 +129,6 @@ int64_t common_multiple(int64_t a, int64_t b) {
     y = rest;
   }
   return a / x * b;
-}
-
-Split split(int64_t out_features, int64_t row_bytes, int64_t granule, int64_t threads) {
-  const int64_t fair = row_bytes * out_features / (threads * ITEMS_PER_THREAD);
-  const int64_t bytes = std::min(std::max(fair, SMALLEST_ITEM_BYTES), LARGEST_ITEM_BYTES);
-  Split split;
-  split.out_features = out_features;
-  split.shares = threads;
-  split.share = out_features * SHARE_PERCENT / 100 / threads / granule * granule;
-  split.rows = round_up(std::max<int64_t>(1, bytes / row_bytes), granule);
-  split.items = threads + ceil_div(out_features - threads * split.share, split.rows);
-  if (split.share == 0) {
-    split.shares = 0;
-    split.items -= threads;
-  }
-  return split;
 }
 
 // y [tokens, O], the items of one linear; a phase has up to four of them.

@@ -1,6 +1,5 @@
-// What is done to one row of activations at a time: norms, embeddings, rotary, activations, and the reductions that the
-// logits need. float32 in and out. Each function makes its own choice of how many sums it keeps, so that results are the
-// same whichever thread runs it and whatever lies beside the row.
+// What is done to one row of activations at a time: norms, embeddings, rotary, activations, and the reductions that
+// the logits need. float32 in and out. The order of every sum depends on the width alone.
 #include "isa.h"
 #include "simd_math.h"
 

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "kernels.h"
+#include "split.h"
 #include "team.h"
 
 namespace qlm {
@@ -75,13 +76,6 @@ int check(const qlm_linear &l) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Out features of one item: enough to read a while, few enough that all threads end at about the same time.
-int64_t item_features(const qlm_linear &l, const LinearKernel &kernel, int threads) {
-  const int64_t granule = kernel.granule(l);
-  const int64_t wanted = divide_up(l.out_features, 16 * threads);
-  return divide_up(wanted < 64 ? 64 : wanted, granule) * granule;
-}
-
 struct Arena {
   void *data = nullptr;
   ~Arena() { std::free(data); }
@@ -132,11 +126,10 @@ int qlm_linear_forward(qlm_team *team, const qlm_linear *linear, int64_t tokens,
     team->run([&](int) {
       team->each(tokens, [&](int64_t t) { kernel.prepare(*linear, tokens, t, x + t * x_stride, prepared.data); });
     });
-  const int64_t features = item_features(*linear, kernel, team->threads());
+  const Split items = split(linear->out_features, weight_bytes(*linear), kernel.granule(*linear), team->threads());
   team->run([&](int) {
-    team->each(divide_up(linear->out_features, features), [&](int64_t item) {
-      const int64_t o0 = item * features, o1 = o0 + features < linear->out_features ? o0 + features : linear->out_features;
-      kernel.run(*linear, tokens, prepared.data, o0, o1, Epilogue{}, y, y_stride);
+    team->each(items.items, [&](int64_t item) {
+      kernel.run(*linear, tokens, prepared.data, items.start(item), items.start(item + 1), Epilogue{}, y, y_stride);
     });
   });
   return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;

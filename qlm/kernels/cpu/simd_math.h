@@ -1,7 +1,7 @@
 // exp, erf and the activations on W lanes, from polynomials, so that no vector library is needed.
 //
-// The coefficients are minimax fits made for this file, by Remez exchange with 40 digits, rounded to float32 afterwards.
-// Each comment gives the fit's largest error before that rounding.
+// The coefficients are minimax fits made for this file, by Remez exchange with 40 digits, and rounded to float32
+// afterwards. Each comment gives the fit's largest error before that rounding.
 #pragma once
 
 #include "simd.h"

@@ -296,14 +296,15 @@ void check_layer(qlm_team *team, const char *isa, Operands &operands, int64_t to
     // The largest |x| near each in feature, wherever the groups of activations begin (in storage order).
     std::vector<double> largest(static_cast<size_t>(l.in_features), 0.0);
     if (l.format != QLM_FLOAT) {
-      std::vector<double> stored(static_cast<size_t>(l.in_features));
-      for (int64_t i = 0; i < l.in_features; ++i)
-        stored[static_cast<size_t>(i)] = std::fabs(static_cast<double>(row[l.order ? l.order[i] : i]));
-      for (int64_t i = 0; i < l.in_features; ++i)
-        for (int64_t k = std::max<int64_t>(0, i - ACTIVATION_GROUP); k < std::min(l.in_features, i + ACTIVATION_GROUP); ++k) {
-          double &most = largest[static_cast<size_t>(l.order ? l.order[i] : i)];
-          most = std::max(most, stored[static_cast<size_t>(k)]);
-        }
+      std::vector<double> of_part(static_cast<size_t>(l.in_features / ACTIVATION_GROUP + 3), 0.0);  // a part of nothing at both ends
+      for (int64_t i = 0; i < l.in_features; ++i) {
+        double &most = of_part[static_cast<size_t>(i / ACTIVATION_GROUP + 1)];
+        most = std::max(most, std::fabs(static_cast<double>(row[l.order ? l.order[i] : i])));
+      }
+      for (int64_t i = 0; i < l.in_features; ++i) {
+        const double *const near = &of_part[static_cast<size_t>(i / ACTIVATION_GROUP)];
+        largest[static_cast<size_t>(l.order ? l.order[i] : i)] = std::max(near[0], std::max(near[1], near[2]));
+      }
     }
     for (int64_t o = 0; o < l.out_features; ++o) {
       double sum = 0, size = 0, activation_error = 0, weight_error = 0;
