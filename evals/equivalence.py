@@ -3,7 +3,8 @@
     python evals/equivalence.py [--checkpoints FOLDER ...] [--gptqmodel-python PATH] [--out FILE]
 
 Quantizes each checkpoint (the demo's by default; one that is not there is left out, and said so), loads the folder with qlm.load and
-with plain transformers, and compares logits on held-out text, on the CPU in float32:
+with plain transformers, and compares logits on held-out text, on the CPU in float32, qlm's under float_activations(): formats are
+compared, and not the rounding of activations to int8 that qlm's CPU kernels of 4-bit formats add (evals/LOG.md has its KL):
 
     int8    transformers with compressed-tensors: as it is; for OPT also with a scale for each token in fc1 and fc2, where
             compressed-tensors 0.20 takes one for all tokens, since OPT flattens them there
@@ -215,6 +216,7 @@ def main() -> int:
     use_checkout()
     import transformers
 
+    from qlm.kernels.ops import float_activations
     from qlm.load import load
 
     transformers.logging.set_verbosity_error()
@@ -235,7 +237,8 @@ def main() -> int:
                     continue
                 folder = make(checkpoint, backend, work)
                 model = load(folder, dtype="float32")
-                ours = logits_of(model, windows)
+                with float_activations():
+                    ours = logits_of(model, windows)
                 for other, run in others(backend, folder, model, windows, work, options.gptqmodel_python):
                     row = {"checkpoint": checkpoint.name, "backend": backend, "other": other}
                     try:

@@ -20,6 +20,7 @@ from qlm.backends.base import (
     only_format,
     relative_error,
 )
+from qlm.backends.nf4_linear import make_nf4_linear
 from qlm.errors import DataError, UsageError
 from qlm.formats import nf4
 from qlm.formats.dtypes import TORCH_NAMES, dtype_name
@@ -113,8 +114,6 @@ class Nf4Backend:
         format: Nf4Format,
         dtype: torch.dtype,
     ) -> nn.Module:
-        from qlm.backends.nf4_linear import Nf4Linear  # imports bitsandbytes
-
         state = nf4.check_state(_bytes(tensors[STATE]), shape, format)
         nested_map = tensors["weight.nested_quant_map"].cpu().numpy() if format.double_quant else None
         nf4.check_tables(tensors["weight.quant_map"].cpu().numpy(), nested_map)
@@ -127,7 +126,7 @@ class Nf4Backend:
             },
             STATE.removeprefix("weight."): pack_state({**state, "dtype": torch_name(dtype)}),
         }
-        return Nf4Linear.of(tensors["weight"], quantization_state, bias, shape, dtype)
+        return make_nf4_linear(tensors["weight"], quantization_state, bias, shape, dtype)
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
         config = {

@@ -1,23 +1,62 @@
 """The module that runs NF4 linears: bitsandbytes' Linear4bit, so that PEFT and everything else that knows that class works,
-with qlm's own kernels for passes on a CPU. This module is the project's only door to bitsandbytes.
+with qlm's own kernels for passes on a CPU. This module is the project's only door to bitsandbytes, opened at the first use.
 
 On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a Linear4bit at its first forward pass and rounds every absmax to bf16 (a
 relative error of up to 0.4 % in each block, silently, and lossy when saved again). Modules made here do not: they compute
 from the file's absmax.
 """
 
+import functools
 from typing import Any, NamedTuple
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_blockwise
-from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from qlm.formats.nf4 import BLOCK
 from qlm.kernels import activations
 from qlm.kernels.cpu_ops import takes_nf4
 from qlm.kernels.ops import nf4_activations, nf4_linear
+
+
+def make_nf4_linear(
+    packed: Tensor, state: dict[str, Any], bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+) -> nn.Module:
+    """A `Nf4Linear`, a Linear4bit that computes in `dtype`.
+
+    Args:
+        packed: uint8 [O * I / 2, 1]. state: bitsandbytes' quantization state, by its names without "weight.".
+        bias: [O] or None. shape: (O, I).
+    """
+    import bitsandbytes
+
+    module = _nf4_linear_class()(
+        shape[1], shape[0], bias=bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta",
+        compress_statistics="nested_absmax" in state,
+    )  # fmt: skip
+    module.weight = bitsandbytes.nn.Params4bit.from_prequantized(
+        packed, state, requires_grad=False, device=packed.device, module=module
+    )
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(dtype))
+    module.support_avx512bf16_for_cpu = False
+    module._refresh()
+    return module
+
+
+@functools.cache
+def _nf4_linear_class() -> Any:
+    import bitsandbytes
+
+    return type(
+        "Nf4Linear", (_OnCpus, bitsandbytes.nn.Linear4bit), {"__doc__": _OnCpus.__doc__, "__module__": __name__}
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """`Nf4Linear`, which pickles look for here and which cannot be made before bitsandbytes is imported."""
+    if name == "Nf4Linear":
+        return _nf4_linear_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _Operands(NamedTuple):
@@ -35,7 +74,7 @@ class _Operands(NamedTuple):
     absmax: Tensor
 
 
-class Nf4Linear(bnb.nn.Linear4bit):
+class _OnCpus(nn.Module):
     """y = x W^T + b in `compute_dtype`, returned in x's dtype.
 
     On CPUs `nf4_linear` computes it where its kernels take the layer, with activations rounded to int8 in groups of 64, and
@@ -43,37 +82,21 @@ class Nf4Linear(bnb.nn.Linear4bit):
     is decoded once and kept while the weight is on a CPU: 4 bytes for 64 weights, half a bit a weight.
     """
 
-    weight: Any  # a Params4bit
+    # Linear4bit's.
+    in_features: int
+    out_features: int
+    compute_dtype: torch.dtype | None
+    weight: Any
+    bias: Any
     # Never saved nor copied; None where another kind of weight is here, or it is on a GPU.
     _operands: _Operands | None = None
-
-    @classmethod
-    def of(
-        cls, packed: Tensor, state: dict[str, Any], bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
-    ) -> "Nf4Linear":
-        """
-        Args:
-            packed: uint8 [O * I / 2, 1]. state: bitsandbytes' quantization state, by its names without "weight.".
-            shape: (O, I). dtype: what to compute in, and the bias's.
-        """
-        module = cls(
-            shape[1], shape[0], bias=bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta",
-            compress_statistics="nested_absmax" in state,
-        )  # fmt: skip
-        module.weight = bnb.nn.Params4bit.from_prequantized(
-            packed, state, requires_grad=False, device=packed.device, module=module
-        )
-        if bias is not None:
-            module.bias = nn.Parameter(bias.to(dtype))
-        module.support_avx512bf16_for_cpu = False
-        module._refresh()
-        return module
 
     def forward(self, x: Tensor) -> Tensor:
         operands = self._current() if x.is_cpu else None
         # A compiled graph always has the op in it, which chooses when it runs.
         if operands is None or not (torch.compiler.is_compiling() or self._native(operands)):
-            return super().forward(x)
+            out: Tensor = super().forward(x)
+            return out
         y = nf4_linear(
             x.to(self.compute_dtype or x.dtype), operands.packed, operands.absmax, self.bias,
             out_features=self.out_features, in_features=self.in_features, block=BLOCK,
@@ -91,14 +114,19 @@ class Nf4Linear(bnb.nn.Linear4bit):
         return takes_nf4(operands.packed, operands.absmax, self.in_features, BLOCK)
 
     def _current(self) -> _Operands | None:
-        fix_4bit_weight_quant_state_from_module(self)
         operands, weight = self._operands, self.weight
-        if operands is None or operands.weight is not weight or operands.statistics is not weight.quant_state.absmax:
+        state = getattr(weight, "quant_state", None)
+        known = operands is not None and operands.weight is weight
+        if not known or state is None or operands.statistics is not state.absmax:  # type: ignore[union-attr]
             self._refresh()
         return self._operands
 
-    @torch.compiler.disable
     def _refresh(self) -> None:
+        from bitsandbytes.functional import dequantize_blockwise
+        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+        # As Linear4bit itself does: whoever replaces parameters may have lost the state.
+        fix_4bit_weight_quant_state_from_module(self)  # type: ignore[arg-type]
         self._operands, weight, state = None, self.weight, self.weight.quant_state
         as_in_files = (
             weight.is_cpu
@@ -113,7 +141,7 @@ class Nf4Linear(bnb.nn.Linear4bit):
             self._operands = _Operands(weight, state.absmax, weight.as_subclass(Tensor), absmax)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        module: nn.Module = super()._apply(fn, recurse)
+        module = super()._apply(fn, recurse)
         self._refresh()
         return module
 

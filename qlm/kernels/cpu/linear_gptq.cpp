@@ -21,13 +21,8 @@ constexpr int ONE = REGISTERS == 32 ? 8 : 4;   // vectors of out features side b
 constexpr int WIDE = REGISTERS == 32 ? 4 : 2;  // the same in a tile of several
 constexpr int TOKENS = REGISTERS == 32 ? 6 : 3;
 constexpr int64_t BLOCK = 8 * TOKENS;          // tokens that see a group of unpacked weights before the next is unpacked
-#ifndef TP
-#define TP 4
-#endif
-constexpr int TOGETHER_PERIODS = TP;
-constexpr int64_t AHEAD = 1024;
 constexpr int64_t PERIODS_AHEAD = 4;           // that are asked for in advance
-constexpr int64_t SPAN = 4096;                  // out features whose results are kept while one token's parts go by
+constexpr int64_t SPAN = 4096;                 // out features whose results are kept while one token's parts go by
 
 // In features in a period, int32 words in it, and quads of in features.
 template <int BITS> struct Layout {
@@ -165,61 +160,60 @@ void store(const qlm_linear &linear, int64_t o, int64_t n, VF value, Epilogue ep
   store_f32_n(y + o, value, n);
 }
 
-// One token, R periods of a part: adds to the sums [n] of n out features, along the rows of words, which is the order of
-// memory.
-template <int BITS, int R>
-inline void add_periods(const int32_t *words, int64_t stride, const int8_t *x, int64_t n, int32_t *sums) {
+// One token, one part of the in features, C vectors of out features from o on: totals [C]. With TAIL the last vector may
+// stick out of the matrix. `next`: what will be read after this, asked for row by row.
+template <int BITS, int C, bool TAIL>
+inline void one_part(const qlm_linear &linear, const Prepared &p, int64_t part, int64_t o, const int32_t *next, VF *total) {
   using L = Layout<BITS>;
-  VI v[R][L::QUADS];
-  for (int r = 0; r < R; ++r)
-    for (int q = 0; q < L::QUADS; ++q) v[r][q] = broadcast_4_bytes(x + r * L::PERIOD + 4 * q);
-  auto add = [&](int64_t o, auto load) {
-    VI sum = load_i32(sums + o);
-    for (int r = 0; r < R; ++r) {
+  const int64_t stride = linear.out_features, periods = p.together / L::PERIOD;
+  const int32_t *words = static_cast<const int32_t *>(linear.weight) + part * periods * L::WORDS * stride + o;
+  const int8_t *x = p.codes + part * p.together;
+  VI sum[C];
+  for (int c = 0; c < C; ++c) sum[c] = zero_i32();
+  for (int64_t period = 0; period < periods; ++period) {
+    for (int c = 0; c < C; ++c) {
       VI quad[L::QUADS];
-      unpack<BITS>([&](int w) { return load(words + (r * L::WORDS + w) * stride + o); }, quad);
-      for (int q = 0; q < L::QUADS; ++q) sum = dot<BITS>(sum, quad[q], v[r][q]);
+      const int32_t *at = words + c * W;
+      for (int w = 0; w < L::WORDS; ++w) prefetch_far(next + w * stride + c * W);
+      unpack<BITS>(
+          [&](int w) { return TAIL ? load_i32_n(at + w * stride, stride - o - c * W) : load_i32(at + w * stride); }, quad);
+      for (int q = 0; q < L::QUADS; ++q) sum[c] = dot<BITS>(sum[c], quad[q], broadcast_4_bytes(x + 4 * q));
     }
-    store_i32(sums + o, sum);
-  };
-  int64_t o = 0;
-  for (; o + W <= n; o += W) {
-    for (int r = 0; r < R * L::WORDS; ++r) prefetch(words + r * stride + o + AHEAD / 4);
-    add(o, [](const int32_t *p) { return load_i32(p); });
+    words += L::WORDS * stride, next += L::WORDS * stride, x += L::PERIOD;
   }
-  if (o < n) add(o, [&](const int32_t *p) { return load_i32_n(p, n - o); });
+  const int64_t row = part * p.together / linear.group_size * stride + o;
+  for (int c = 0; c < C; ++c) {
+    const int64_t n = TAIL ? stride - o - c * W : W;
+    const VI zero = load_u8_n(linear.zero_point + row + c * W, n);
+    const VF scale = load_float_n(linear.scale, row + c * W, linear.scale_dtype, n);
+    total[c] = add_part(total[c], sum[c], zero, p.sum[part], scale, p.scale[part]);
+  }
 }
 
-// One token, out features o0 .. o1.
+// One token, out features o0 .. o1: part after part, along the rows as far as SPAN reaches, so that memory is read in long
+// pieces.
 template <int BITS>
 void run_one(const qlm_linear &linear, const Prepared &p, int64_t o0, int64_t o1, Epilogue epilogue, float *y) {
   using L = Layout<BITS>;
-  constexpr int R = TOGETHER_PERIODS < 128 / L::PERIOD ? TOGETHER_PERIODS : 1;
-  const int64_t stride = linear.out_features, periods = p.together / L::PERIOD;
-  alignas(64) int32_t sums[SPAN];
+  constexpr int64_t STEP = ONE * W;
+  const int64_t stride = linear.out_features, rows = p.together / L::PERIOD * L::WORDS;
   VF total[SPAN / W];
   for (int64_t start = o0; start < o1; start += SPAN) {
-    const int64_t n = min_i64(SPAN, o1 - start), vectors = (n + W - 1) / W;
-    for (int64_t c = 0; c < vectors; ++c) total[c] = zero_f32();
+    const int64_t end = min_i64(o1, start + SPAN);
+    for (VF &one : total) one = zero_f32();
     for (int64_t part = 0; part < p.parts; ++part) {
-      const int32_t *words =
-          static_cast<const int32_t *>(linear.weight) + part * periods * L::WORDS * stride + start;
-      const int8_t *x = p.codes + part * p.together;
-      for (int64_t c = 0; c < vectors; ++c) store_i32(sums + c * W, zero_i32());
-      int64_t period = 0;
-      for (; period + R <= periods; period += R)
-        add_periods<BITS, R>(words + period * L::WORDS * stride, stride, x + period * L::PERIOD, n, sums);
-      for (; period < periods; ++period)
-        add_periods<BITS, 1>(words + period * L::WORDS * stride, stride, x + period * L::PERIOD, n, sums);
-      const int64_t row = part * p.together / linear.group_size * stride + start;
-      for (int64_t c = 0; c < vectors; ++c) {
-        const int64_t left = n - c * W;
-        const VI zero = load_u8_n(linear.zero_point + row + c * W, left);
-        const VF scale = load_float_n(linear.scale, row + c * W, linear.scale_dtype, left);
-        total[c] = add_part(total[c], load_i32(sums + c * W), zero, p.sum[part], scale, p.scale[part]);
-      }
+      int64_t o = start;
+      const int32_t *words = static_cast<const int32_t *>(linear.weight) + part * rows * stride;
+      for (; o + STEP <= end; o += STEP)
+        one_part<BITS, ONE, false>(linear, p, part, o, o + STEP < end ? words + o + STEP : words + rows * stride + start,
+                                   total + (o - start) / W);
+      for (; o + W <= end; o += W)
+        one_part<BITS, 1, false>(linear, p, part, o, o + W < end ? words + o + W : words + rows * stride + start,
+                                 total + (o - start) / W);
+      if (o < end)
+        one_part<BITS, 1, true>(linear, p, part, o, words + rows * stride + start, total + (o - start) / W);
     }
-    for (int64_t c = 0; c < vectors; ++c) store(linear, start + c * W, n - c * W, total[c], epilogue, y);
+    for (int64_t o = start; o < end; o += W) store(linear, o, end - o, total[(o - start) / W], epilogue, y);
   }
 }
 
@@ -275,7 +269,7 @@ void run_many(const qlm_linear &linear, const Prepared &p, int64_t tokens, int64
         for (int64_t period = 0; period < periods; ++period) {
           VI quad[L::QUADS];
           const int32_t *at = words + period * L::WORDS * stride + c * W;
-          for (int w = 0; w < L::WORDS; ++w) prefetch(at + (PERIODS_AHEAD * L::WORDS + w) * stride);
+          for (int w = 0; w < L::WORDS; ++w) prefetch_far(at + (PERIODS_AHEAD * L::WORDS + w) * stride);
           unpack<BITS>([&](int w) { return n >= W ? load_i32(at + w * stride) : load_i32_n(at + w * stride, n); }, quad);
           for (int q = 0; q < L::QUADS; ++q) quads[(period * L::QUADS + q) * C + c] = quad[q];
         }

@@ -120,7 +120,6 @@ int qlm_mapping_register(const void *data, int64_t bytes) {
     return qlm::fail(QLM_BAD_ARGUMENT, "%d mapped files are registered, the most there can be; close some", RANGES);
   if (!install()) return qlm::fail(QLM_BAD_ARGUMENT, "cannot install a handler of SIGBUS: %s", std::strerror(errno));
   free_slot->users = 1;
-  free_slot->shrank.store(false);
   free_slot->end.store(end);
   free_slot->begin.store(begin, std::memory_order_release);
   const int used = static_cast<int>(free_slot - ranges) + 1;

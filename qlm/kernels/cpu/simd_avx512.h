@@ -138,6 +138,8 @@ static inline VI nibbles(const void *p) {
 static inline VF gather_f32(const float *table, VI index) { return _mm512_i32gather_ps(index, table, 4); }
 
 static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+// Into the second-level cache, which can wait for more lines at a time than the first.
+static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 }  // namespace QLM_ISA
 }  // namespace qlm

@@ -153,6 +153,7 @@ static inline VI nibbles(const void *p) {
 static inline VF gather_f32(const float *table, VI index) { QLM_EACH(VF, table[index.lane[i]]); }
 
 static inline void prefetch(const void *p) { __builtin_prefetch(p); }
+static inline void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 #undef QLM_EACH
 

@@ -12,7 +12,7 @@ namespace qlm {
 constexpr int64_t SMALLEST_ITEM_BYTES = 32 << 10, LARGEST_ITEM_BYTES = 256 << 10;
 constexpr int64_t ITEMS_PER_THREAD = 8;
 // Of a linear, handed out in one long piece for each thread before the items.
-constexpr int64_t SHARE_PERCENT = 80;
+constexpr int64_t SHARE_PERCENT = 92;
 
 // How a linear's out features are cut into items: first one long share for each thread, because memory is read fastest in
 // long pieces, then short items, so that all threads end at about the same time.

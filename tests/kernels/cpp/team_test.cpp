@@ -1,10 +1,10 @@
 // Teams: every thread does its part of every call, barriers hold, numbers are handed out once, forks and callers from
 // several threads work, a borrowed pool may bring fewer threads.
 
+#include <signal.h>
 #include <sys/wait.h>
 
 #include <atomic>
-#include <set>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -158,9 +158,12 @@ void borrowed(void (*parallel)(void (*)(void *), void *, unsigned, unsigned), si
     for (const auto &count : taken) CHECK(count == 1);
   }
   CHECK(in_child([&] {  // the pool is not there any more: the child works alone
-    int items = 0;
-    team->run([&](int) { team->each(10, [&](int64_t) { ++items; }); });
-    CHECK(items == 10);
+    std::atomic<int> items{0}, came{0};
+    team->run([&](int) {
+      ++came;
+      team->each(10, [&](int64_t) { ++items; });
+    });
+    CHECK(items == 10 && came == 1);
     qlm_team_destroy(team);
   }));
   CHECK(!in_child([&] {
