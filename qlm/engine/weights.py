@@ -2,7 +2,7 @@
 
 `Weights.open` checks the checkpoint (checkpoint/causal_lm.py), maps its files and fills in `qlm_model` (kernels/cpu/abi.h).
 Memory of its own have only what the kernels want in another form: biases and norms as float32, row sums of int8 weights,
-decoded zero points and, with act order, reordered words of GPTQ weights, and a head that is held in int8. Everything else
+decoded zero points and arranged words of GPTQ weights, and a head that is held in int8. Everything else
 is read from the page cache where it lies.
 
 No torch and no transformers here. What the kernels cannot run is refused, with the way out (`--runtime transformers`).
@@ -43,6 +43,8 @@ ACTIVATIONS: Final = {
 OPT_LAYER_NORM_EPS: Final = 1e-5
 # Of a head that is turned into int8: so many rows are in memory in both forms.
 _ROWS_AT_A_TIME = 4096
+# Out features in a strip of GPTQ words (abi.h).
+_STRIP = 128
 _MADV_DONTNEED: Final = 4  # <sys/mman.h> on Linux
 
 
@@ -320,16 +322,18 @@ def _fill_gptq(b: _Builder, linear: cpu.Linear, mapped: Mapping[str, MappedTenso
     linear.format, linear.bits, linear.group_size = cpu.GPTQ, form.bits, parts.group_size
     size = _scale(b, linear, mapped["scales"], "scales") + parts.qweight.nbytes + parts.zero_point.nbytes
     linear.zero_point = b.address(parts.zero_point)
-    words = mapped["qweight"]
-    linear.weight = words.address
-    if parts.order is not None:
-        reordered = np.empty(words.shape, np.int32)
-        b.native.qlm_gptq_reorder(
-            b.team.handle, words.address, form.bits, shape[1], shape[0], parts.order.ctypes.data, reordered.ctypes.data
-        )
-        b.forget_pages(words)
-        linear.weight, linear.order = b.address(reordered), b.address(parts.order)
-        size += parts.order.nbytes
+    # In strips, which decode a third faster than the file's layout: the copy takes the place of the file's pages.
+    words, order = mapped["qweight"], parts.order
+    arranged = np.empty(words.shape, np.int32)
+    b.native.qlm_gptq_arrange(
+        b.team.handle, words.address, form.bits, shape[1], shape[0], None if order is None else order.ctypes.data,
+        _STRIP, arranged.ctypes.data,
+    )  # fmt: skip
+    b.forget_pages(words.address, words.nbytes)
+    linear.weight, linear.strip = b.address(arranged), _STRIP
+    if order is not None:
+        linear.order = b.address(order)
+        size += order.nbytes
     return size
 
 

@@ -28,6 +28,9 @@ from qlm.kernels.activations import NF4_GROUP, gptq_group
 
 _SCALE_DTYPES = {torch.float32: cpu.F32, torch.float16: cpu.F16, torch.bfloat16: cpu.BF16}
 
+# Out features in a strip of GPTQ words that are copied anyway (abi.h): they are read in long pieces.
+_STRIP = 128
+
 _float_activations: ContextVar[bool] = ContextVar("qlm_float_activations", default=False)
 
 
@@ -121,8 +124,8 @@ class _GptqLayer:
         made_of: the tensors that it was made of, each with its version and address, and bits and v2.
         linear: the layer without scales and bias; None if the kernels do not take it.
         zero_point: uint8 [G, O], decoded: a byte for each weight group.
-        order: int32 [I], the in features sorted by group, and qweight: the words in that order, a second copy of the
-            weight; both None unless groups are scattered (act order).
+        order: int32 [I], the in features sorted by group, and qweight: the words in that order, in strips, a second copy
+            of the weight; both None unless groups are scattered (act order).
         group: in features whose activations share a scale.
     """
 
@@ -229,10 +232,10 @@ def _make_gptq_layer(
         return _GptqLayer(made_of, linear, zero_point, group=group)
     order, words = order.to(torch.int32), torch.empty_like(qweight)
     with cpu.Team(1) as alone:
-        library.qlm_gptq_reorder(
-            alone.handle, qweight.data_ptr(), bits, in_features, out_features, order.data_ptr(), words.data_ptr()
+        library.qlm_gptq_arrange(
+            alone.handle, qweight.data_ptr(), bits, in_features, out_features, order.data_ptr(), _STRIP, words.data_ptr()
         )
-    linear.weight, linear.order = words.data_ptr(), order.data_ptr()
+    linear.weight, linear.strip, linear.order = words.data_ptr(), _STRIP, order.data_ptr()
     return _GptqLayer(made_of, linear, zero_point, order, words, group)
 
 

@@ -273,12 +273,35 @@ def test_gptq_in_act_order(native: cpu.Native, team: cpu.Team, bits: int) -> Non
     scattered[torch.from_numpy(order.astype(np.int64))] = packing.unpack_rows(torch.from_numpy(arrays["weight"]), bits)
     file = packing.pack_rows(scattered, bits).contiguous().numpy()
     sorted_words = np.empty_like(file)
-    native.qlm_gptq_reorder(team.handle, address(file), bits, 128, 40, address(order), address(sorted_words))
+    native.qlm_gptq_arrange(team.handle, address(file), bits, 128, 40, address(order), 0, address(sorted_words))
     np.testing.assert_array_equal(sorted_words, arrays["weight"])
     x = np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32)
     linear = gptq_linear({**arrays, "weight": sorted_words, "order": order}, bits, 32, (40, 128))
     in_order = gptq_linear({**arrays, "weight": sorted_words}, bits, 32, (40, 128))
     np.testing.assert_array_equal(forward(team, linear, x), forward(team, in_order, x[:, order]))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [96, 128, 200, 416])
+@pytest.mark.parametrize("ordered", [False, True], ids=["in order", "act order"])
+def test_gptq_in_strips_gives_the_same_bits(
+    native: cpu.Native, team: cpu.Team, bits: int, rows: int, ordered: bool
+) -> None:
+    _, arrays = gptq_case(bits, 3, 64, rows, seed=8)
+    order = np.random.default_rng(2).permutation(192).astype(np.int32) if ordered else None
+    plain, strips = np.empty_like(arrays["weight"]), np.empty_like(arrays["weight"])
+    for strip, out in ((0, plain), (128, strips)):
+        native.qlm_gptq_arrange(
+            team.handle, address(arrays["weight"]), bits, 192, rows, address(order), strip, address(out)
+        )
+    if not ordered:
+        np.testing.assert_array_equal(plain, arrays["weight"])
+    for tokens in (1, 2, 9, 60):
+        x = np.random.default_rng(tokens).standard_normal((tokens, 192)).astype(np.float32)
+        more = {**arrays, **({} if order is None else {"order": order})}
+        expected = forward(team, gptq_linear({**more, "weight": plain}, bits, 64, (rows, 192)), x)
+        found = forward(team, gptq_linear({**more, "weight": strips}, bits, 64, (rows, 192), strip=128), x)
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ typedef struct qlm_linear {
   const float *bias;                 /* [O] or NULL */
   const int32_t *row_sum;            /* INT8: [O], sums of the rows of weight (qlm_int8_row_sums) */
   int32_t symmetric_input;           /* INT8: activations without zero point */
-  int32_t reserved;
+  int32_t strip;                     /* GPTQ: 0, or a multiple of 128: weight is laid out by qlm_gptq_arrange */
   int64_t group_size;                /* GPTQ: in features that share a scale, in storage order: I / G */
   const uint8_t *zero_point;         /* GPTQ: [G, O], decoded */
   const int32_t *order;              /* GPTQ: NULL, or [I]: storage position i holds in feature order[i] (act order) */
@@ -106,9 +106,11 @@ QLM_API int qlm_int8_row_sums(qlm_team *team, const int8_t *weight, int64_t out_
 /* A float weight [O, I] to int8 codes [O, I], scale [O] = max|row| / 127, and row sums; for a head held in int8. */
 QLM_API int qlm_int8_quantize_rows(qlm_team *team, const void *weight, int32_t dtype, int64_t out_features,
                                    int64_t in_features, int8_t *codes, float *scale, int32_t *sums);
-/* GPTQ words in act order -> words whose in features are order[0], order[1], ...; both [I * bits / 32, O]. */
-QLM_API int qlm_gptq_reorder(qlm_team *team, const int32_t *qweight, int32_t bits, int64_t in_features,
-                             int64_t out_features, const int32_t *order, int32_t *reordered);
+/* GPTQ words [I * bits / 32, O] of the file -> words that are read in long pieces: for each `strip` out features in turn
+ * (the last ones may be fewer) all their rows, [ceil(O / strip)][I * bits / 32][strip]. strip 0 keeps the layout. order:
+ * NULL, or [I]: storage position i becomes in feature order[i]. */
+QLM_API int qlm_gptq_arrange(qlm_team *team, const int32_t *qweight, int32_t bits, int64_t in_features,
+                             int64_t out_features, const int32_t *order, int32_t strip, int32_t *arranged);
 /* GB/s at which the team reads `bytes` of memory at `data` once, by nothing but wide loads: the machine's ceiling. */
 QLM_API int qlm_read_bandwidth(qlm_team *team, const void *data, int64_t bytes, double *gigabytes_per_s);
 

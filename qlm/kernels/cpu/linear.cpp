@@ -1,4 +1,5 @@
 // Linear layers on a team: checks, the split into items, and the helpers that a loader needs.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -32,6 +33,8 @@ int check_gptq(const qlm_linear &l) {
     return fail(QLM_BAD_ARGUMENT,
                 "gptq linear: groups of %lld of %lld in features; the kernels need a divisor that is a multiple of %lld",
                 (long long)l.group_size, (long long)l.in_features, (long long)period);
+  if (l.strip < 0 || l.strip % 128)
+    return fail(QLM_BAD_ARGUMENT, "gptq linear: strips of %d out features; expected 0 or a multiple of 128", l.strip);
   if (!l.scale || !is_float(l.scale_dtype) || !l.zero_point)
     return fail(QLM_BAD_ARGUMENT, "gptq linear: scales or zero points are missing");
   if (l.order)
@@ -172,32 +175,42 @@ int qlm_int8_quantize_rows(qlm_team *team, const void *weight, int32_t dtype, in
   return QLM_OK;
 }
 
-int qlm_gptq_reorder(qlm_team *team, const int32_t *qweight, int32_t bits, int64_t in_features, int64_t out_features,
-                     const int32_t *order, int32_t *reordered) {
+int qlm_gptq_arrange(qlm_team *team, const int32_t *qweight, int32_t bits, int64_t in_features, int64_t out_features,
+                     const int32_t *order, int32_t strip, int32_t *arranged) {
   qlm_linear l = {};
   l.format = QLM_GPTQ, l.bits = bits, l.in_features = in_features, l.out_features = out_features;
-  l.group_size = in_features, l.weight = qweight, l.order = order;
+  l.group_size = in_features, l.weight = qweight, l.order = order, l.strip = strip;
   l.scale = l.zero_point = reinterpret_cast<const uint8_t *>("");
   if (int status = check(l)) return status;
-  const int64_t period = bits == 3 ? 32 : 32 / bits, words = bits == 3 ? 3 : 1;
+  const int64_t period = bits == 3 ? 32 : 32 / bits, words = bits == 3 ? 3 : 1;  // in features; rows of words
+  const int64_t rows = in_features * bits / 32, side = strip == 0 ? out_features : strip;
   mapping_begin();
   team->run([&](int) {
-    team->each(in_features / period, [&](int64_t item) {
-      int32_t *to = reordered + item * words * out_features;
-      std::memset(to, 0, static_cast<size_t>(words * out_features) * 4);
+    // One item: a period of one strip.
+    team->each(divide_up(out_features, side) * (in_features / period), [&](int64_t item) {
+      const int64_t first = item / (in_features / period) * side, from_period = item % (in_features / period);
+      const int64_t width = std::min(side, out_features - first);
+      int32_t *to = arranged + first * rows + from_period * words * width;
+      const int32_t *from = qweight + first;
+      if (!order) {
+        for (int64_t w = 0; w < words; ++w)
+          std::memcpy(to + w * width, from + (from_period * words + w) * out_features, static_cast<size_t>(width) * 4);
+        return;
+      }
+      std::memset(to, 0, static_cast<size_t>(words * width) * 4);
       for (int64_t k = 0; k < period; ++k) {
-        const int64_t from = order[item * period + k];
-        const int64_t from_bit = from % period * bits, to_bit = k * bits;
-        const int32_t *word = qweight + (from / period * words + from_bit / 32) * out_features;
-        for (int64_t o = 0; o < out_features; ++o) {
+        const int64_t source = order[from_period * period + k];
+        const int64_t from_bit = source % period * bits, to_bit = k * bits;
+        const int32_t *word = from + (source / period * words + from_bit / 32) * out_features;
+        int32_t *out = to + to_bit / 32 * width;
+        for (int64_t o = 0; o < width; ++o) {
           // A code may go on in the next word, with 3 bits.
           uint64_t code = static_cast<uint32_t>(word[o]);
           if (from_bit % 32 + bits > 32) code |= static_cast<uint64_t>(static_cast<uint32_t>(word[out_features + o])) << 32;
           code = (code >> (from_bit % 32) & ((1u << bits) - 1)) << (to_bit % 32);
-          int32_t *out = to + to_bit / 32 * out_features + o;
-          *out = static_cast<int32_t>(static_cast<uint32_t>(*out) | static_cast<uint32_t>(code));
+          out[o] = static_cast<int32_t>(static_cast<uint32_t>(out[o]) | static_cast<uint32_t>(code));
           if (code >> 32)
-            out[out_features] = static_cast<int32_t>(static_cast<uint32_t>(out[out_features]) | static_cast<uint32_t>(code >> 32));
+            out[width + o] = static_cast<int32_t>(static_cast<uint32_t>(out[width + o]) | static_cast<uint32_t>(code >> 32));
         }
       }
     });

@@ -108,6 +108,25 @@ void prepare(const qlm_linear &linear, int64_t tokens, int64_t t, const float *x
   }
 }
 
+// Where the words of out feature o begin, and how far apart its rows of words are: in the file's layout, or in strips.
+struct Words {
+  const int32_t *at;
+  int64_t stride;
+};
+
+Words words_of(const qlm_linear &linear, int64_t o) {
+  const int32_t *weight = static_cast<const int32_t *>(linear.weight);
+  if (linear.strip == 0) return {weight + o, linear.out_features};
+  const int64_t first = o / linear.strip * linear.strip;
+  return {weight + first * (linear.in_features * linear.bits / 32) + (o - first),
+          min_i64(linear.strip, linear.out_features - first)};
+}
+
+// The end of what can be read along a row from o on.
+int64_t row_end(const qlm_linear &linear, int64_t o) {
+  return linear.strip == 0 ? linear.out_features : min_i64(linear.out_features, (o / linear.strip + 1) * linear.strip);
+}
+
 // One period of W out features: its quads as unsigned bytes. `words`: its first word; the others are `stride` apart.
 template <int BITS, typename Load> inline void unpack(Load load, VI (&quad)[Layout<BITS>::QUADS]) {
   if constexpr (BITS == 8) {
@@ -163,10 +182,10 @@ void store(const qlm_linear &linear, int64_t o, int64_t n, VF value, Epilogue ep
 // One token, one part of the in features, C vectors of out features from o on: totals [C]. With TAIL the last vector may
 // stick out of the matrix. `next`: what will be read after this, asked for row by row.
 template <int BITS, int C, bool TAIL>
-inline void one_part(const qlm_linear &linear, const Prepared &p, int64_t part, int64_t o, const int32_t *next, VF *total) {
+inline void one_part(const qlm_linear &linear, const Prepared &p, int64_t part, int64_t o, const int32_t *words,
+                     int64_t stride, const int32_t *next, VF *total) {
   using L = Layout<BITS>;
-  const int64_t stride = linear.out_features, periods = p.together / L::PERIOD;
-  const int32_t *words = static_cast<const int32_t *>(linear.weight) + part * periods * L::WORDS * stride + o;
+  const int64_t features = linear.out_features, periods = p.together / L::PERIOD;
   const int8_t *x = p.codes + part * p.together;
   VI sum[C];
   for (int c = 0; c < C; ++c) sum[c] = zero_i32();
@@ -176,42 +195,41 @@ inline void one_part(const qlm_linear &linear, const Prepared &p, int64_t part, 
       const int32_t *at = words + c * W;
       for (int w = 0; w < L::WORDS; ++w) prefetch_far(next + w * stride + c * W);
       unpack<BITS>(
-          [&](int w) { return TAIL ? load_i32_n(at + w * stride, stride - o - c * W) : load_i32(at + w * stride); }, quad);
+          [&](int w) { return TAIL ? load_i32_n(at + w * stride, features - o - c * W) : load_i32(at + w * stride); }, quad);
       for (int q = 0; q < L::QUADS; ++q) sum[c] = dot<BITS>(sum[c], quad[q], broadcast_4_bytes(x + 4 * q));
     }
     words += L::WORDS * stride, next += L::WORDS * stride, x += L::PERIOD;
   }
-  const int64_t row = part * p.together / linear.group_size * stride + o;
+  const int64_t row = part * p.together / linear.group_size * features + o;
   for (int c = 0; c < C; ++c) {
-    const int64_t n = TAIL ? stride - o - c * W : W;
+    const int64_t n = TAIL ? features - o - c * W : W;
     const VI zero = load_u8_n(linear.zero_point + row + c * W, n);
     const VF scale = load_float_n(linear.scale, row + c * W, linear.scale_dtype, n);
     total[c] = add_part(total[c], sum[c], zero, p.sum[part], scale, p.scale[part]);
   }
 }
 
-// One token, out features o0 .. o1: part after part, along the rows as far as SPAN reaches, so that memory is read in long
-// pieces.
+// One token, out features o0 .. o1: part after part, along the rows as far as SPAN and strips reach, so that memory is read
+// in long pieces.
 template <int BITS>
 void run_one(const qlm_linear &linear, const Prepared &p, int64_t o0, int64_t o1, Epilogue epilogue, float *y) {
   using L = Layout<BITS>;
   constexpr int64_t STEP = ONE * W;
-  const int64_t stride = linear.out_features, rows = p.together / L::PERIOD * L::WORDS;
+  const int64_t rows = p.together / L::PERIOD * L::WORDS;  // of words, in a part
   VF total[SPAN / W];
-  for (int64_t start = o0; start < o1; start += SPAN) {
-    const int64_t end = min_i64(o1, start + SPAN);
+  for (int64_t start = o0, end; start < o1; start = end) {
+    end = min_i64(min_i64(o1, start + SPAN), row_end(linear, start));
+    const Words from = words_of(linear, start);
     for (VF &one : total) one = zero_f32();
     for (int64_t part = 0; part < p.parts; ++part) {
+      const int32_t *words = from.at + part * rows * from.stride, *next_part = words + rows * from.stride;
+      VF *to = total;
       int64_t o = start;
-      const int32_t *words = static_cast<const int32_t *>(linear.weight) + part * rows * stride;
-      for (; o + STEP <= end; o += STEP)
-        one_part<BITS, ONE, false>(linear, p, part, o, o + STEP < end ? words + o + STEP : words + rows * stride + start,
-                                   total + (o - start) / W);
-      for (; o + W <= end; o += W)
-        one_part<BITS, 1, false>(linear, p, part, o, o + W < end ? words + o + W : words + rows * stride + start,
-                                 total + (o - start) / W);
-      if (o < end)
-        one_part<BITS, 1, true>(linear, p, part, o, words + rows * stride + start, total + (o - start) / W);
+      for (; o + STEP <= end; o += STEP, words += STEP, to += ONE)
+        one_part<BITS, ONE, false>(linear, p, part, o, words, from.stride, o + STEP < end ? words + STEP : next_part, to);
+      for (; o + W <= end; o += W, words += W, ++to)
+        one_part<BITS, 1, false>(linear, p, part, o, words, from.stride, o + W < end ? words + W : next_part, to);
+      if (o < end) one_part<BITS, 1, true>(linear, p, part, o, words, from.stride, next_part, to);
     }
     for (int64_t o = start; o < end; o += W) store(linear, o, end - o, total[(o - start) / W], epilogue, y);
   }
@@ -249,20 +267,22 @@ void run_many(const qlm_linear &linear, const Prepared &p, int64_t tokens, int64
               int64_t y_stride) {
   using L = Layout<BITS>;
   constexpr int C = WIDE;
-  const int64_t stride = linear.out_features, periods = p.together / L::PERIOD;
+  const int64_t features = linear.out_features, periods = p.together / L::PERIOD;
+  const Words from = words_of(linear, o);
+  const int64_t stride = from.stride;
   VI quads[MOST_TOGETHER / 4 * C];
   VF total[BLOCK][C];
   for (int64_t t0 = 0; t0 < tokens; t0 += BLOCK) {
     const int64_t now = min_i64(BLOCK, tokens - t0);
     for (int64_t t = 0; t < now; ++t)
       for (int c = 0; c < C; ++c) total[t][c] = zero_f32();
-    const int32_t *words = static_cast<const int32_t *>(linear.weight) + o;
+    const int32_t *words = from.at;
     for (int64_t part = 0; part < p.parts; ++part) {
       VI zero[C];
       VF scale[C];
-      const int64_t row = part * p.together / linear.group_size * stride + o;
+      const int64_t row = part * p.together / linear.group_size * features + o;
       for (int c = 0; c < C; ++c) {
-        int64_t n = stride - o - c * W;
+        int64_t n = features - o - c * W;
         n = n < 0 ? 0 : n;
         zero[c] = load_u8_n(linear.zero_point + row + c * W, n);
         scale[c] = load_float_n(linear.scale, row + c * W, linear.scale_dtype, n);
@@ -288,8 +308,8 @@ void run_many(const qlm_linear &linear, const Prepared &p, int64_t tokens, int64
       }
     }
     for (int64_t t = 0; t < now; ++t)
-      for (int c = 0; c < C && o + c * W < stride; ++c)
-        store(linear, o + c * W, stride - o - c * W, total[t][c], epilogue, y + (t0 + t) * y_stride);
+      for (int c = 0; c < C && o + c * W < features; ++c)
+        store(linear, o + c * W, features - o - c * W, total[t][c], epilogue, y + (t0 + t) * y_stride);
   }
 }
 

@@ -455,7 +455,7 @@ void helpers(qlm_team *team, Operands &operands) {
     for (int64_t k = 0; k < words * features; ++k) from[k] = static_cast<int32_t>(random.bits());
     int32_t *const order = layer.order.place<int32_t>(width);
     for (int64_t k = 0; k < width; ++k) order[k] = static_cast<int32_t>(random.between(0, width - 1));
-    CHECK(qlm_gptq_reorder(team, from, bits, width, features, order, to) == QLM_OK, "%s", qlm_error());
+    CHECK(qlm_gptq_arrange(team, from, bits, width, features, order, 0, to) == QLM_OK, "%s", qlm_error());
     auto code = [&](const int32_t *packed, int64_t k, int64_t o) {
       uint32_t value = 0;
       for (int32_t b = 0; b < bits; ++b) {
