@@ -108,15 +108,15 @@ def check(team: cpu.Team, layers: Layers, x: NDArray[np.float32], y: NDArray[np.
     exact = x.astype(np.float64) @ layers.weight(rows).T
     error = float(np.linalg.norm(y[:, :rows] - exact) / np.linalg.norm(exact))
     if not error < TOLERANCE[layers.kind]:
-        raise SystemExit(f"{layers.kind}, {len(x)} tokens: relative error {error:.3g}, at most {TOLERANCE[layers.kind]}")
+        raise SystemExit(
+            f"{layers.kind}, {len(x)} tokens: relative error {error:.3g}, at most {TOLERANCE[layers.kind]}"
+        )
     return error
 
 
 def ceiling(team: cpu.Team, layers: Layers) -> float:
     found = ctypes.c_double()
-    cpu.library().qlm_read_bandwidth(
-        team.handle, address(layers.weights), layers.weights.nbytes, ctypes.byref(found)
-    )
+    cpu.library().qlm_read_bandwidth(team.handle, address(layers.weights), layers.weights.nbytes, ctypes.byref(found))
     return found.value
 
 
@@ -157,7 +157,9 @@ def measure(team: cpu.Team, kind: str, in_features: int, out_features: int, repe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="all CPUs of this process by default")
-    parser.add_argument("--shape", action="append", metavar="IxO", help="in and out features; may be given several times")
+    parser.add_argument(
+        "--shape", action="append", metavar="IxO", help="in and out features; may be given several times"
+    )
     parser.add_argument("--format", action="append", choices=list(TOLERANCE), help="all by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for a JSON file")

@@ -233,7 +233,14 @@ def _make_gptq_layer(
     order, words = order.to(torch.int32), torch.empty_like(qweight)
     with cpu.Team(1) as alone:
         library.qlm_gptq_arrange(
-            alone.handle, qweight.data_ptr(), bits, in_features, out_features, order.data_ptr(), _STRIP, words.data_ptr()
+            alone.handle,
+            qweight.data_ptr(),
+            bits,
+            in_features,
+            out_features,
+            order.data_ptr(),
+            _STRIP,
+            words.data_ptr(),
         )
     linear.weight, linear.strip, linear.order = words.data_ptr(), _STRIP, order.data_ptr()
     return _GptqLayer(made_of, linear, zero_point, order, words, group)

@@ -266,7 +266,7 @@ def test_gptq_is_exact_when_the_activations_are_int8(native: cpu.Native, team: c
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_in_act_order(native: cpu.Native, team: cpu.Team, bits: int) -> None:
-    weight, arrays = gptq_case(bits, 4, 32, 40, seed=4)
+    _, arrays = gptq_case(bits, 4, 32, 40, seed=4)
     order = np.random.default_rng(0).permutation(128).astype(np.int32)
     # The file has the in features in the model's order, with groups scattered over them.
     scattered = torch.zeros(128, 40, dtype=torch.uint8)
