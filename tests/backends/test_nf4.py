@@ -18,7 +18,15 @@ from qlm.formats.nf4 import STATE, Nf4Format, unpack_state
 from qlm.kernels import cpu_ops
 from qlm.kernels.ops import float_activations, nf4_linear
 from qlm.numerics.nf4 import double_dequantize
-from tests.backends.conftest import check_gradients, check_layout, check_output, random, same_bytes, settings_of
+from tests.backends.conftest import (
+    INT8_ACTIVATIONS,
+    check_gradients,
+    check_layout,
+    check_output,
+    random,
+    same_bytes,
+    settings_of,
+)
 
 backend = Nf4Backend()
 SHAPE = (96, 192)
@@ -138,6 +146,13 @@ def test_another_weight_is_noticed(double_quant: bool) -> None:
         weight, requires_grad=False, quant_type="nf4", compress_statistics=double_quant
     ).to("cpu")
     assert torch.equal(module(x), module_of(weight, double_quant)(x))
+    other = (module.weight.as_subclass(Tensor) ^ 0x11).contiguous()
+    module.weight = bitsandbytes.nn.Params4bit(
+        other, requires_grad=False, quant_state=module.weight.quant_state, bnb_quantized=True, module=module
+    )
+    with float_activations():
+        exact = module(x)
+    assert (module(x) - exact).norm() / exact.norm() < INT8_ACTIVATIONS
     module.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="fp4").to("cpu")
     assert module.activation_format() == "float"
     assert (module(x) - linear(x, weight)).norm() / linear(x, weight).norm() < 0.2

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -377,6 +378,20 @@ def test_changed_tensors_are_noticed(kind: str, index: int, how: str) -> None:
     fresh.tensors = tuple(tensor.clone() for tensor in layer.tensors)
     assert torch.equal(layer(x), fresh(x))
     assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("index", [1, 3], ids=["qzeros", "g_idx"])
+def test_another_tensor_at_the_address_of_a_freed_one_is_noticed(index: int) -> None:
+    layer, x = Layer("gptq-4-v1-seq"), random(4, 320)
+    memory = layer.tensors[index].numpy().copy()
+    for change in (lambda: None, lambda: np.copyto(memory, np.flip(memory, 0).copy())):
+        change()
+        tensors = list(layer.tensors)
+        tensors[index] = torch.from_numpy(memory)
+        layer.tensors = tuple(tensors)
+        with float_activations():
+            exact = layer(x)
+        assert (layer(x) - exact).norm() / exact.norm() < 0.02
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS)

@@ -13,7 +13,7 @@ constexpr int ROWS = 4;
 constexpr int TOKENS = REGISTERS == 32 ? 6 : 2;
 constexpr int64_t CHUNK = 64;
 constexpr int64_t FEW = 12;
-constexpr int64_t AHEAD = 4096;  // bytes that are asked for in advance
+constexpr int64_t AHEAD = 2048;  // bytes that are asked for in advance
 
 int64_t stride_of(const qlm_linear &linear) { return round_up(linear.in_features, 16); }
 
@@ -56,7 +56,7 @@ template <int DTYPE> inline void dot_one(const char *const (&w)[ROWS], const flo
   for (int r = 0; r < ROWS; ++r) {
     acc[r] = zero_f32();
     for (int64_t i = 0; i < whole; i += W) {
-      prefetch(w[r] + i * SIZE + AHEAD);
+      prefetch_far(w[r] + i * SIZE + AHEAD);
       acc[r] = fma_f32(load_f32(x + i), load_float(w[r], i, DTYPE), acc[r]);
     }
     if (whole < width)

@@ -21,7 +21,7 @@ constexpr int TOKENS = REGISTERS == 32 ? 6 : 2;
 constexpr int64_t CHUNK = 64;  // out features whose sums are finished together
 constexpr int64_t SUMS = CHUNK + 16;  // from one token's sums to the next's; tiles of three rows write four sums
 constexpr int64_t FEW = 12;
-constexpr int64_t AHEAD = 4096;  // bytes that are asked for in advance
+constexpr int64_t AHEAD = 2048;  // bytes that are asked for in advance
 
 // Tokens in a tile, so that all tiles of a few tokens are about as large.
 inline int64_t tile_of(int64_t tokens) {
@@ -127,8 +127,8 @@ inline void dot_one(const int8_t *const (&w)[ROWS], const uint8_t *x, int64_t wi
     VI a = zero_i32(), b = zero_i32();
     int64_t i = 0;
     for (; i + BYTES < whole; i += 2 * BYTES) {
-      prefetch(w[r] + i + AHEAD);
-      prefetch(w[r] + i + AHEAD + BYTES);
+      prefetch_far(w[r] + i + AHEAD);
+      prefetch_far(w[r] + i + AHEAD + BYTES);
       a = dot_u8_s8(a, load_i32(x + i), load_i32(w[r] + i));
       b = dot_u8_s8(b, load_i32(x + i + BYTES), load_i32(w[r] + i + BYTES));
     }

@@ -48,6 +48,12 @@ class Store {  // one operand's memory
   Guarded memory_{size_t{4} << 20};
 };
 
+// Where the word of row `row` and out feature `o` lies among `rows` rows of words, in strips of so many out features.
+int64_t word_at(int64_t row, int64_t o, int64_t rows, int64_t out_features, int64_t strip) {
+  const int64_t side = strip == 0 ? out_features : strip, first = o / side * side, width = std::min(side, out_features - first);
+  return first * rows + row * width + o - first;
+}
+
 // A linear layer whose tensors end at guard pages, with its weight in double.
 struct Layer {
   qlm_linear linear = {};
@@ -145,6 +151,8 @@ struct Layer {
       linear.order = ordered;
     }
     const int64_t words = in_features * bits / 32;
+    // As in the file, or all words of some out features after the other: abi.h, qlm_gptq_arrange.
+    linear.strip = random.one_in(3) ? static_cast<int32_t>(128 * random.between(1, 2)) : 0;
     uint8_t *const file = weight.place<uint8_t>(words * out_features * 4, random.between(0, 3));
     std::memset(file, 0, static_cast<size_t>(words * out_features * 4));
     for (int64_t i = 0; i < in_features; ++i)
@@ -152,7 +160,7 @@ struct Layer {
         const int64_t code = random.between(0, (1 << bits) - 1), group = i / group_size * out_features + o;
         for (int32_t b = 0; b < bits; ++b) {
           const int64_t bit = i * bits + b;  // of this out feature's stream of words
-          const int64_t byte = (bit / 32 * out_features + o) * 4 + bit % 32 / 8;
+          const int64_t byte = word_at(bit / 32, o, words, out_features, linear.strip) * 4 + bit % 32 / 8;
           file[byte] = static_cast<uint8_t>(file[byte] | (code >> b & 1) << bit % 8);
         }
         at(o, ordered ? ordered[i] : i) = s[static_cast<size_t>(group)] * static_cast<double>(code - zeros[group]);
@@ -273,10 +281,10 @@ void check_layer(qlm_team *team, const char *isa, Operands &operands, int64_t to
 
   auto describe = [&](int64_t t, int64_t o) {
     static char text[300];
-    std::snprintf(text, sizeof text, "%s, format %d, bits %d, weight dtype %d, [%lld, %lld], group %lld, block %lld, order %d: token %lld of %lld, out feature %lld",
+    std::snprintf(text, sizeof text, "%s, format %d, bits %d, weight dtype %d, [%lld, %lld], group %lld, block %lld, strip %d, order %d: token %lld of %lld, out feature %lld",
                   isa, l.format, l.bits, l.weight_dtype, static_cast<long long>(l.out_features),
                   static_cast<long long>(l.in_features), static_cast<long long>(l.group_size), static_cast<long long>(l.block),
-                  l.order != nullptr, static_cast<long long>(t), static_cast<long long>(tokens), static_cast<long long>(o));
+                  l.strip, l.order != nullptr, static_cast<long long>(t), static_cast<long long>(tokens), static_cast<long long>(o));
     return text;
   };
   std::vector<float> expected;
@@ -400,7 +408,7 @@ void random_layers(qlm_team *team, const char *isa, Operands &operands) {
     const int64_t tokens = some_tokens(random);
     const int32_t bits = i % 4 == 3 ? 8 : 2 + i % 4;
     const int64_t group_size = period(bits) * random.between(1, random.one_in(2) ? 4 : 12);
-    layer.make_gptq(bits, group_size * random.between(1, 6), 4 * random.between(1, 24), group_size, random);
+    layer.make_gptq(bits, group_size * random.between(1, 6), 4 * random.between(1, random.one_in(4) ? 100 : 24), group_size, random);
     check_layer(team, isa, operands, tokens, random);
   }
   for (int i = 0; i < 200; ++i) {
@@ -446,26 +454,30 @@ void helpers(qlm_team *team, Operands &operands) {
       CHECK(sums[o] == sum);
     }
   }
-  // The reordered words of a layer in act order are those of the same layer without it.
+  // Words in another order of the in features, and in strips of the out features.
   for (int i = 0; i < 60; ++i) {
     const int32_t bits = i % 4 == 3 ? 8 : 2 + i % 4;
-    const int64_t width = period(bits) * random.between(1, 9), features = 4 * random.between(1, 9);
+    const int64_t width = period(bits) * random.between(1, 9), features = 4 * random.between(1, random.one_in(2) ? 9 : 80);
     const int64_t words = width * bits / 32;
     int32_t *const from = operands.x.place<int32_t>(words * features), *const to = operands.y.place<int32_t>(words * features);
     for (int64_t k = 0; k < words * features; ++k) from[k] = static_cast<int32_t>(random.bits());
     int32_t *const order = layer.order.place<int32_t>(width);
     for (int64_t k = 0; k < width; ++k) order[k] = static_cast<int32_t>(random.between(0, width - 1));
-    CHECK(qlm_gptq_arrange(team, from, bits, width, features, order, 0, to) == QLM_OK, "%s", qlm_error());
-    auto code = [&](const int32_t *packed, int64_t k, int64_t o) {
+    const int32_t strip = static_cast<int32_t>(128 * random.between(0, 2));
+    const bool ordered = !random.one_in(3);
+    CHECK(qlm_gptq_arrange(team, from, bits, width, features, ordered ? order : nullptr, strip, to) == QLM_OK, "%s", qlm_error());
+    auto code = [&](const int32_t *packed, int64_t k, int64_t o, int64_t side) {
       uint32_t value = 0;
       for (int32_t b = 0; b < bits; ++b) {
         const int64_t bit = k * bits + b;
-        value |= (static_cast<uint32_t>(packed[bit / 32 * features + o]) >> bit % 32 & 1) << b;
+        value |= (static_cast<uint32_t>(packed[word_at(bit / 32, o, words, features, side)]) >> bit % 32 & 1) << b;
       }
       return value;
     };
     for (int64_t k = 0; k < width; ++k)
-      for (int64_t o = 0; o < features; ++o) CHECK(code(to, k, o) == code(from, order[k], o), "%d bits, %lld", bits, static_cast<long long>(k));
+      for (int64_t o = 0; o < features; ++o)
+        CHECK(code(to, k, o, strip) == code(from, ordered ? order[k] : k, o, 0), "%d bits, %lld, strips of %d", bits,
+              static_cast<long long>(k), strip);
   }
   for (const int64_t bytes : {1, 63, 64, 65, 4095, 1000003}) {
     double speed = -1;
@@ -512,6 +524,8 @@ void refusals(qlm_team *team, Operands &operands) {
   changed(gptq, [](qlm_linear &l) { l.group_size = 48; });
   changed(gptq, [](qlm_linear &l) { l.in_features = 60; });
   changed(gptq, [](qlm_linear &l) { l.zero_point = nullptr; });
+  changed(gptq, [](qlm_linear &l) { l.strip = 64; });
+  changed(gptq, [](qlm_linear &l) { l.strip = -128; });
   std::vector<int32_t> order(64, 0);
   changed(gptq, [&](qlm_linear &l) { order[63] = 64, l.order = order.data(); });
   changed(gptq, [&](qlm_linear &l) { order[63] = -1, l.order = order.data(); });
