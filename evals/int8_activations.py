@@ -81,6 +81,7 @@ def measure(model: Any, baseline: Any, checkpoint: Path, windows: int) -> Any:
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
+    arguments.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     arguments.add_argument("--windows", type=int, default=32, help="windows of held-out text")
     arguments.add_argument("--out", type=Path, help="JSON file to write")
     options = arguments.parse_args()
@@ -92,7 +93,10 @@ def main() -> int:
 
     library = native()
     if library is None:
-        print("int8_activations: qlm's CPU kernels are not installed; there is nothing to measure", file=sys.stderr)
+        print(
+            "int8_activations: qlm's CPU kernels are not installed, or QLM_KERNELS=reference; nothing to measure",
+            file=sys.stderr,
+        )
         return 1
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -114,7 +118,7 @@ def main() -> int:
         for checkpoint in options.checkpoints:
             folder = ROOT / "evals" / "checkpoints" / checkpoint
             add(checkpoint, "float", "head", with_int8_head(load(folder)), load(folder))
-            for backend in BACKENDS:
+            for backend in options.backends:
                 made = quantized(checkpoint, backend, Path(name))
                 baseline = with_float_activations(load(made))
                 if backend != "int8":  # whose format rounds activations itself

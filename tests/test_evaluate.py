@@ -182,6 +182,7 @@ def test_windows_limit_one_window_and_json() -> None:
     assert set(wanted.split()) <= set(without)
     assert without["protocol"].startswith("non-overlapping windows of 16 tokens, 15 predicted")
     assert without["seconds"] > 0
+    assert without["activations"] == "float"
 
 
 def test_progress_counts_windows() -> None:

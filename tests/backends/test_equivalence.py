@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlm.backends.base import activations_of
 from qlm.kernels import cpu_ops
 from qlm.kernels.ops import float_activations
 from qlm.load import load
@@ -90,9 +91,14 @@ def linears_4bit(model: nn.Module) -> list[Any]:
 def test_what_int8_activations_change(variant: str, section: str, quantized: Quantized) -> None:
     model = load(quantized(variant, section))
     exact, rounded = logits(model).log_softmax(-1), rounded_logits(model).log_softmax(-1)
+    with float_activations():
+        assert activations_of(model) == "float"
     if cpu_ops.native() is None:
         assert torch.equal(exact, rounded)
+        assert activations_of(model) == "float"
     else:
+        kinds = {f"int8 in groups of {group}" for group in (32, 64, 128)}
+        assert set(activations_of(model).split(", ")) <= kinds
         kl = (exact.exp() * (exact - rounded)).sum(-1).mean().item()
         assert 0 < kl < INT8_ACTIVATIONS_KL
 

@@ -59,7 +59,7 @@ def test_float_matrices_stay_in_the_file(float_folder: Callable[..., Path], vari
     biases = sum(4 * linear.out_features for linear in linears(weights))
     assert weights.facts == {
         "model_type": weights.spec.model_type, "backend": "float", "bits": 8 * dtype.itemsize, "dtype": name,
-        "head": name, "checkpoint_bytes": sum(sizes.values()),
+        "head": name, "activations": "float", "checkpoint_bytes": sum(sizes.values()),
         "bytes_per_token": weights.facts["bytes_per_token"],
     }  # fmt: skip
     tables = sum(size for tensor, size in sizes.items() if tensor.endswith(("wte.weight", "wpe.weight")))
@@ -103,6 +103,10 @@ def test_quantized(
         assert is_mapped(weights, linear.weight) != reordered
     facts = weights.facts
     assert (facts["backend"], facts["bits"], facts["head"], facts["dtype"]) == (backend, bits, "int8", "float16")
+    kind = "int8 per token"
+    if backend != "int8":
+        kind = f"int8 in groups of {settings.get('group_size', 64)}, int8 per token"
+    assert facts["activations"] == (f"{kind}, {kind} (head)" if backend == "int8" else f"{kind} (head)")
     weight_bytes = sum(linear.in_features * linear.out_features for linear in linears(weights)) * bits // 8
     assert weight_bytes + 320 * 128 < facts["bytes_per_token"] < 1.35 * (weight_bytes + 320 * 128)
 

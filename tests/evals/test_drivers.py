@@ -138,6 +138,20 @@ def test_equivalence(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not cpu.available(), reason="qlm was installed without its CPU kernels")
+def test_int8_activations(tmp_path: Path) -> None:
+    out = tmp_path / "int8_activations.json"
+    report = last_line(
+        run("int8_activations", "--checkpoints", "tiny-opt", "--backends", "nf4", "--windows", "2", "--out", out)
+    )
+    rows = {(row["backend"], row["what"]): row for row in report["rows"]}
+    assert rows.keys() == {("float", "head"), ("nf4", "activations"), ("nf4", "both")}
+    assert all(0 < row["kl"] < 1e-3 for row in rows.values())
+    assert rows["nf4", "both"]["kl"] > max(rows["float", "head"]["kl"], rows["nf4", "activations"]["kl"])
+    assert rows["nf4", "activations"]["activations"] == "int8 in groups of 64"
+    assert json.loads(out.read_text())["rows"] == report["rows"]
+
+
+@pytest.mark.skipif(not cpu.available(), reason="qlm was installed without its CPU kernels")
 def test_cpu_speed(tmp_path: Path, folder_of: Any) -> None:
     """Two sides of qlm, a peer of this environment and a foreign one; every ratio is the peer's time over qlm's."""
     says = (

@@ -1,8 +1,9 @@
 /* The plain C ABI of qlm's CPU kernels: what Python calls through ctypes, and nothing else is exported.
  *
- * Pointers are raw and may be unaligned; sizes are int64 counts of elements unless a name says bytes; matrices are
- * row-major. Shape letters as in qlm/arch/spec.py: T tokens, I in features, O out features, G groups, H heads, D head
- * dim, V vocabulary, L layers; E is the width of the residual stream, F that of the MLP, S sequences.
+ * Pointers are raw; those to void (weights and scales, which lie in files) may be unaligned, typed ones are aligned to
+ * their type. Sizes are int64 counts of elements unless a name says bytes; matrices are row-major. Shape letters as in
+ * qlm/arch/spec.py: T tokens, I in features, O out features, G groups, H heads, D head dim, V vocabulary, L layers; E is
+ * the width of the residual stream, F that of the MLP, S sequences.
  *
  * Functions that can fail return 0 or one of the codes below, and leave one line in qlm_error(). Nothing is written
  * through an output pointer before all arguments have been checked. Memory that a struct points to belongs to the

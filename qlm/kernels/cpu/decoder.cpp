@@ -811,7 +811,6 @@ int run_call(qlm_decoder *decoder, int64_t sequences, qlm_cache *const *caches, 
     if (targets != nullptr) std::fill_n(log_probabilities, total, 0.0f);
 
     Step step(*decoder, ids, step_logits, targets, log_probabilities, all_logits);
-    qlm::mapping_begin();
     decoder->team->run([&](int thread) { step.work(thread); });
     int status = QLM_OK;
     if (qlm::mapping_failed()) {

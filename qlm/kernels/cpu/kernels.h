@@ -101,9 +101,8 @@ bool same_preparation(const qlm_linear &a, const qlm_linear &b);
 // Remember the line for qlm_error() and return the status. (error.cpp; a printf format.)
 int fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-// Set by the SIGBUS handler when a mapped file had shrunk (mapping.cpp): `mapping_begin` clears it for this call,
-// `mapping_failed` says whether it happened since.
-void mapping_begin();
+// Whether a registered file has shrunk (mapping.cpp). It stays so until that range is unregistered, because the zeros that
+// its reader got stay too.
 bool mapping_failed();
 
 }  // namespace qlm

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "kernels.h"
 #include "split.h"
@@ -79,6 +80,16 @@ int check(const qlm_linear &l) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// `work(thread)` on the team; what it throws (no thread to be had, in a forked process) and a shrunken file as a status.
+template <typename F> int run_on(qlm_team *team, F work) {
+  try {
+    team->run(std::move(work));
+  } catch (const std::exception &error) {
+    return fail(QLM_NO_MEMORY, "%s", error.what());
+  }
+  return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;
+}
+
 struct Arena {
   void *data = nullptr;
   ~Arena() { std::free(data); }
@@ -121,35 +132,33 @@ int qlm_linear_forward(qlm_team *team, const qlm_linear *linear, int64_t tokens,
   Arena prepared;
   if (!prepared.reserve(kernel.prepared_bytes(*linear, tokens)))
     return fail(QLM_NO_MEMORY, "linear: no memory for the activations of %lld tokens", (long long)tokens);
-  mapping_begin();
   // Two calls and no barrier: a borrowed pool has none.
-  if (tokens == 1)
+  if (tokens == 1) {
     kernel.prepare(*linear, tokens, 0, x, prepared.data);
-  else
-    team->run([&](int) {
+  } else {
+    const int status = run_on(team, [&](int) {
       team->each(tokens, [&](int64_t t) { kernel.prepare(*linear, tokens, t, x + t * x_stride, prepared.data); });
     });
+    if (status != QLM_OK) return status;
+  }
   const Split items = split(linear->out_features, weight_bytes(*linear), kernel.granule(*linear), team->threads());
-  team->run([&](int) {
+  return run_on(team, [&](int) {
     team->each(items.items, [&](int64_t item) {
       kernel.run(*linear, tokens, prepared.data, items.start(item), items.start(item + 1), Epilogue{}, y, y_stride);
     });
   });
-  return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;
 }
 
 int qlm_int8_row_sums(qlm_team *team, const int8_t *weight, int64_t out_features, int64_t in_features, int32_t *sums) {
   if (out_features < 1 || in_features < 1 || in_features > MOST_INT8_FEATURES)
     return fail(QLM_BAD_ARGUMENT, "int8 row sums: %lld in, %lld out features; in features are 1 to %lld",
                 (long long)in_features, (long long)out_features, (long long)MOST_INT8_FEATURES);
-  mapping_begin();
-  team->run([&](int) {
+  return run_on(team, [&](int) {
     team->each(divide_up(out_features, 64), [&](int64_t item) {
       for (int64_t o = item * 64; o < out_features && o < item * 64 + 64; ++o)
         sums[o] = static_cast<int32_t>(selected().sum_i8(weight + o * in_features, in_features));
     });
   });
-  return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;
 }
 
 int qlm_int8_quantize_rows(qlm_team *team, const void *weight, int32_t dtype, int64_t out_features, int64_t in_features,
@@ -158,8 +167,7 @@ int qlm_int8_quantize_rows(qlm_team *team, const void *weight, int32_t dtype, in
     return fail(QLM_BAD_ARGUMENT, "int8 rows: %lld in, %lld out features of dtype %d; in features are 1 to %lld",
                 (long long)in_features, (long long)out_features, dtype, (long long)MOST_INT8_FEATURES);
   const int64_t row_bytes = in_features * (dtype == QLM_F32 ? 4 : 2);
-  mapping_begin();
-  team->run([&](int) {
+  const int status = run_on(team, [&](int) {
     team->each(divide_up(out_features, 64), [&](int64_t item) {
       for (int64_t o = item * 64; o < out_features && o < item * 64 + 64; ++o) {
         int8_t *row = codes + o * in_features;
@@ -168,7 +176,7 @@ int qlm_int8_quantize_rows(qlm_team *team, const void *weight, int32_t dtype, in
       }
     });
   });
-  if (mapping_failed()) return fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read");
+  if (status != QLM_OK) return status;
   for (int64_t o = 0; o < out_features; ++o)
     if (!std::isfinite(scale[o]))
       return fail(QLM_NOT_FINITE, "int8 rows: row %lld has values that are not finite", (long long)o);
@@ -184,8 +192,7 @@ int qlm_gptq_arrange(qlm_team *team, const int32_t *qweight, int32_t bits, int64
   if (int status = check(l)) return status;
   const int64_t period = bits == 3 ? 32 : 32 / bits, words = bits == 3 ? 3 : 1;  // in features; rows of words
   const int64_t rows = in_features * bits / 32, side = strip == 0 ? out_features : strip;
-  mapping_begin();
-  team->run([&](int) {
+  return run_on(team, [&](int) {
     // One item: a period of one strip.
     team->each(divide_up(out_features, side) * (in_features / period), [&](int64_t item) {
       const int64_t first = item / (in_features / period) * side, from_period = item % (in_features / period);
@@ -215,23 +222,21 @@ int qlm_gptq_arrange(qlm_team *team, const int32_t *qweight, int32_t bits, int64
       }
     });
   });
-  return mapping_failed() ? fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read") : QLM_OK;
 }
 
 int qlm_read_bandwidth(qlm_team *team, const void *data, int64_t bytes, double *gigabytes_per_s) {
   if (bytes < 1) return fail(QLM_BAD_ARGUMENT, "read bandwidth: %lld bytes", (long long)bytes);
   constexpr int64_t ITEM = 1 << 20;
-  mapping_begin();
   uint64_t seen[256] = {};
   const auto start = std::chrono::steady_clock::now();
-  team->run([&](int thread) {
+  const int status = run_on(team, [&](int thread) {
     team->each(divide_up(bytes, ITEM), [&](int64_t item) {
       const int64_t from = item * ITEM;
       seen[thread] ^= selected().read(static_cast<const char *>(data) + from, bytes - from < ITEM ? bytes - from : ITEM);
     });
   });
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  if (mapping_failed()) return fail(QLM_FILE_SHRANK, "a mapped file became shorter while it was read");
+  if (status != QLM_OK) return status;
   // What was read must be used, or a compiler might leave the reading out.
   volatile uint64_t all = 0;
   for (uint64_t one : seen) all = all ^ one;

@@ -91,9 +91,6 @@ bool install() {
 
 namespace qlm {
 
-// Nothing to clear: the zeros stay, so a range that shrank fails all calls until it is unregistered.
-void mapping_begin() {}
-
 bool mapping_failed() { return shrunken.load(std::memory_order_acquire) != 0; }
 
 }  // namespace qlm
