@@ -10,8 +10,8 @@ tokens and threads, which it finds in QLM_PROMPT, QLM_NEW and OMP_NUM_THREADS.
 
 Prompts are random ids: time does not depend on their values. A round runs every side once, so that the machine's other load
 hits all alike, with a reading of the memory bandwidth before and after each; figures are medians over the rounds. Peers in
-transformers are timed around their forward passes, without the generation loop that their users would pay for as well. Ratios are the
-peer's time over qlm's: above 1, qlm is faster. The last line printed is JSON.
+transformers are timed around their forward passes, without the generation loop that their users would pay for as well. Ratios are
+the peer's time over qlm's in the same round, their median: above 1, qlm is faster. The last line printed is JSON.
 """
 
 import argparse
@@ -147,7 +147,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*ours, *peers)}
     before = bandwidth.read()
     for number in range(options.rounds):
-        for side, command in {**ours, **peers}.items():
+        # Every other round backwards: what runs later in a round meets no other memory than what runs earlier.
+        sides = list({**ours, **peers}.items())
+        for side, command in sides if number % 2 == 0 else sides[::-1]:
             found = run(command, options)
             after = bandwidth.read()
             runs[side].append({**found, "gb_per_s_before": before, "gb_per_s_after": after})
@@ -168,7 +170,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     ratios = {
         names[side]: {
-            names[peer]: {name: round(numbers[names[peer]][name] / numbers[names[side]][name], 3) for name in TIMES}
+            names[peer]: {
+                name: round(
+                    statistics.median(b[name] / a[name] for a, b in zip(runs[side], runs[peer], strict=True)), 3
+                )
+                for name in TIMES
+            }
             for peer in peers
         }
         for side in ours
