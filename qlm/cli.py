@@ -43,7 +43,7 @@ Head = Annotated[str, typer.Option(help="Engine: hold the language-model head in
 CacheDtype = Annotated[
     str, typer.Option(help="Engine: dtype of keys and values: float32, float16, bfloat16, int8 or auto.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=256, help="CPU threads; all cores by default.")]
 
 
 # What published perplexities of these models are measured on.
@@ -67,6 +67,13 @@ def _set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _check_text(option: str, texts: list[str]) -> None:
+    """Refuse what the shell passed on in another encoding than UTF-8: Python has put surrogates in its place."""
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(f"{option}: found {text!r}, which is not UTF-8")
 
 
 def _show(value: dict[str, Any], target: Path | None) -> None:
@@ -226,7 +233,7 @@ def generate(
         float | None, typer.Option(help="Sample from the likeliest tokens that make up this probability.")
     ] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said already.")] = 1.0,
-    num_return_sequences: Annotated[int, typer.Option(min=1, help="How many continuations.")] = 1,
+    num_return_sequences: Annotated[int, typer.Option(min=1, max=1024, help="How many continuations.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; give it again for several.")] = None,
@@ -249,9 +256,16 @@ def generate(
     if why:
         typer.echo(f"qlm: note: running on transformers: {why}", err=True)
 
+    _check_text("--prompt", prompt)
+    _check_text("--stop", stop or [])
+    echoed = False
+
     def stream(piece: str) -> None:
-        sys.stdout.write(piece)
+        # The prompt comes with the first piece, when everything has been checked.
+        nonlocal echoed
+        sys.stdout.write(piece if echoed else prompt[0] + piece)
         sys.stdout.flush()
+        echoed = True
 
     streaming = num_return_sequences == 1 and len(prompt) == 1 and str(json_file) != "-"
     options: dict[str, Any] = {
@@ -263,8 +277,6 @@ def generate(
         from qlm.engine.engine import Engine
 
         with Engine(model, threads=threads, head=head, cache_dtype=cache_dtype) as engine:
-            if streaming:
-                stream(prompt[0])
             texts = engine.generate(prompt, **options)
     else:
         _set_threads(threads)
@@ -273,12 +285,10 @@ def generate(
 
         loaded = load(model, device=device, dtype=dtype, attn_implementation=attention or "sdpa")
         tokenizer = load_tokenizer(model)
-        if streaming:
-            stream(prompt[0])
         texts = [make_text(loaded, tokenizer, each, **options) for each in prompt]
     found = [{"prompt": each, "texts": of_it, "runtime": chosen} for each, of_it in zip(prompt, texts, strict=True)]
     if streaming:
-        typer.echo()
+        stream("\n")
     elif str(json_file) != "-":
         numbered = [each + text for each, of_it in zip(prompt, texts, strict=True) for text in of_it]
         for number, text in enumerate(numbered, 1):
@@ -291,7 +301,7 @@ def bench(
     model: Model,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, drawn at random.")] = 128,
     new: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Sequences side by side.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; the medians count.")] = 5,
     threads: Threads = None,
     head: Head = "auto",

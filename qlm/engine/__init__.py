@@ -1,1 +1,1 @@
-"""Forward passes of qlm's own. `reference` is the plain one, which says what the right logits are."""
+"""Forward passes of qlm's own: the CPU engine, and `reference`, the plain one that says what the right logits are."""

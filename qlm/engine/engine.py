@@ -155,7 +155,7 @@ class Engine:
     def _set_up(self, decoder: Any, weights: Any, facts: Mapping[str, Any]) -> None:
         """`decoder`: a `Decoder` over `weights`, or what a test has in their place."""
         self._decoder = decoder
-        self._weights = weights
+        self._opened = weights
         self._facts = facts
         self._lock = threading.RLock()
         self._kept: list[tuple[Ids, Any]] = []  # (ids that a cache holds, the cache) of the last call's sequences
@@ -181,6 +181,12 @@ class Engine:
             raise UsageError("the engine is closed")
         decoder: Decoder = self._decoder
         return decoder
+
+    @property
+    def _weights(self) -> Any:
+        if self._opened is None:
+            raise UsageError("the engine is closed")
+        return self._opened
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -389,7 +395,7 @@ class Engine:
         Args:
             ids: token ids [T], or a list of such; BOS is not added. At most as many as the model has positions.
 
-        Raises UsageError for no ids, too many, or one that the model does not have.
+        Raises UsageError for a row without ids, too many, or one that the model does not have.
         """
         single = len(ids) > 0 and np.ndim(ids[0]) == 0
         with self._lock:
@@ -453,7 +459,8 @@ class Engine:
             if self._decoder is not None:
                 self._kept = []
                 self._decoder.close()
-                self._decoder = None
+                # The mapped files, and what was made from them, go with the last reference.
+                self._decoder = self._opened = None
 
     def __enter__(self) -> "Engine":
         return self

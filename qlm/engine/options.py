@@ -31,7 +31,7 @@ class Options:
         if self.greedy:
             self._check_greedy()
         texts = self.stop
-        if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
             raise UsageError(f"stop {texts!r}: expected a list of texts of at least one character each")
 
     def _check_ranges(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from qlm.errors import UsageError
+from qlm.errors import DataError, UsageError
 from qlm.kernels import cpu
 from qlm.kernels.ops import NF4_LEVELS
 from qlm.numerics import packing
@@ -180,6 +180,21 @@ def test_int8_row_sums_and_quantized_rows(native: cpu.Native, team: cpu.Team) ->
             np.testing.assert_array_equal(sums, codes.sum(1))
             error = np.abs(codes * scale[:, None] - floats.float().numpy())
             assert (error <= scale[:, None] * 0.50001).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 5, 37, 63, 64, 70])
+def test_int8_refuses_to_quantize_rows_that_are_not_finite(
+    native: cpu.Native, team: cpu.Team, dtype: str, bad: float, place: int
+) -> None:
+    floats = torch.ones(3, 71).to(getattr(torch, dtype))
+    floats[1, place] = bad
+    codes, scale, sums = np.zeros((3, 71), np.int8), np.zeros(3, np.float32), np.zeros(3, np.int32)
+    with pytest.raises(DataError, match="row 1 has values that are not finite"):
+        native.qlm_int8_quantize_rows(
+            team.handle, address(floats), DTYPES[dtype], 3, 71, address(codes), address(scale), address(sums)
+        )
 
 
 # float ----------------------------------------------------------------------------------------------------------------

@@ -802,16 +802,17 @@ int run_call(qlm_decoder *decoder, int64_t sequences, qlm_cache *const *caches, 
     auto undo = [&](bool wipe) {
       for (int64_t s = 0; s < sequences; ++s) caches[s]->forget(caches[s]->length, wipe);
     };
+    if (targets != nullptr) std::fill_n(log_probabilities, total, 0.0f);
+    Step step(*decoder, ids, step_logits, targets, log_probabilities, all_logits);
+    bool started = false;
     try {
       for (int64_t s = 0; s < sequences; ++s) caches[s]->reserve(caches[s]->length + counts[s]);
+      started = true;
+      decoder->team->run([&](int thread) { step.work(thread); });
     } catch (...) {
-      undo(false);
+      undo(started);
       throw;
     }
-    if (targets != nullptr) std::fill_n(log_probabilities, total, 0.0f);
-
-    Step step(*decoder, ids, step_logits, targets, log_probabilities, all_logits);
-    decoder->team->run([&](int thread) { step.work(thread); });
     int status = QLM_OK;
     if (qlm::mapping_failed()) {
       status =

@@ -133,14 +133,10 @@ int qlm_linear_forward(qlm_team *team, const qlm_linear *linear, int64_t tokens,
   if (!prepared.reserve(kernel.prepared_bytes(*linear, tokens)))
     return fail(QLM_NO_MEMORY, "linear: no memory for the activations of %lld tokens", (long long)tokens);
   // Two calls and no barrier: a borrowed pool has none.
-  if (tokens == 1) {
-    kernel.prepare(*linear, tokens, 0, x, prepared.data);
-  } else {
-    const int status = run_on(team, [&](int) {
-      team->each(tokens, [&](int64_t t) { kernel.prepare(*linear, tokens, t, x + t * x_stride, prepared.data); });
-    });
-    if (status != QLM_OK) return status;
-  }
+  const int status = run_on(team, [&](int) {
+    team->each(tokens, [&](int64_t t) { kernel.prepare(*linear, tokens, t, x + t * x_stride, prepared.data); });
+  });
+  if (status != QLM_OK) return status;
   const Split items = split(linear->out_features, weight_bytes(*linear), kernel.granule(*linear), team->threads());
   return run_on(team, [&](int) {
     team->each(items.items, [&](int64_t item) {

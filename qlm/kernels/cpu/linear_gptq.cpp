@@ -220,7 +220,7 @@ void run_one(const qlm_linear &linear, const Prepared &p, int64_t o0, int64_t o1
   for (int64_t start = o0, end; start < o1; start = end) {
     end = min_i64(min_i64(o1, start + SPAN), row_end(linear, start));
     const Words from = words_of(linear, start);
-    for (VF &one : total) one = zero_f32();
+    for (int64_t i = 0; i < (end - start + W - 1) / W; ++i) total[i] = zero_f32();
     for (int64_t part = 0; part < p.parts; ++part) {
       const int32_t *words = from.at + part * rows * from.stride, *next_part = words + rows * from.stride;
       VF *to = total;

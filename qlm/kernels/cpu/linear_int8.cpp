@@ -114,7 +114,7 @@ inline void dot_tile(const int8_t *const (&w)[ROWS], const uint8_t *x, int64_t x
       for (int r = 0; r < R; ++r) acc[t][r] = dot_u8_s8(acc[t][r], u, weight[r]);
     }
   }
-  for (int t = 0; t < T; ++t) 
+  for (int t = 0; t < T; ++t)
     store_sums4_i32(sums + t * SUMS, acc[t][0], acc[t][R > 1 ? 1 : 0], acc[t][R > 2 ? 2 : 0], acc[t][R > 3 ? 3 : 0]);
 }
 
@@ -259,10 +259,14 @@ int64_t sum_i8(const int8_t *x, int64_t count) {
 }
 
 void quantize_row_i8(const void *row, int32_t dtype, int64_t width, int8_t *codes, float *scale) {
-  VF most = zero_f32();
-  for (int64_t i = 0; i < width; i += W) most = max_f32(most, abs_f32(load_float_n(row, i, dtype, width - i)));
+  VF most = zero_f32(), bad = zero_f32();
+  for (int64_t i = 0; i < width; i += W) {
+    const VF v = load_float_n(row, i, dtype, width - i);
+    most = max_f32(most, abs_f32(v));
+    bad = fma_f32(v, zero_f32(), bad);  // NaN as soon as a value is NaN or infinite: a maximum forgets it
+  }
   const float absmax = largest_f32(most);
-  *scale = absmax / 127.0f;
+  *scale = sum_f32(bad) == 0.0f ? absmax / 127.0f : __builtin_nanf("");
   const VF by = set1_f32(absmax > 0.0f ? *scale : 1.0f);
   for (int64_t i = 0; i < width; i += W) {
     VI code = round_i32(div_f32(load_float_n(row, i, dtype, width - i), by));
