@@ -28,12 +28,14 @@ FORMATS: dict[str, dict[str, Any]] = {
     "4bit": {"backend": "gptq", "bits": 4, "group_size": 128},
     "3bit": {"backend": "gptq", "bits": 3, "group_size": 128},
     "2bit": {"backend": "gptq", "bits": 2, "group_size": 64},
+    "mixed": {"backend": "gptq", "average_bits": 3.5},
     "nf4": {"backend": "nf4"},
     "nf4-double": {"backend": "nf4", "double_quant": True},
     "int8": {"backend": "int8"},
 }
 IN_WORDS = {
-    "float": "float", "4bit": "4 bits, groups of 128", "3bit": "3 bits, groups of 128", "2bit": "2 bits, groups of 64", "nf4": "NF4",
+    "float": "float", "4bit": "4 bits, groups of 128", "3bit": "3 bits, groups of 128", "2bit": "2 bits, groups of 64",
+    "mixed": "bits and groups by layer, 3.5 bits stored; in brackets: over 3 and 4 bits, interpolated in log KL", "nf4": "NF4",
     "nf4-double": "NF4, double quantization", "int8": "int8, activations too",
 }  # fmt: skip
 PRESETS = ("fast", "balanced", "best")
@@ -94,6 +96,11 @@ def sides(options: argparse.Namespace) -> dict[str, Side]:
     """Every side by its name, in the order of the tables."""
     found: dict[str, Side] = {"float": Side("float", "float", float_model, qlm_version)}
     for name, settings in FORMATS.items():
+        if "average_bits" in settings:
+            found[f"qlm-balanced-{name}"] = Side(
+                name, "qlm, balanced", partial(qlm, settings={**settings, "quality": "balanced"}), qlm_version, True
+            )
+            continue
         if settings["backend"] == "gptq":
             how = {"bits": settings["bits"], "group_size": settings["group_size"]}
             found[f"rtn-{name}"] = Side(

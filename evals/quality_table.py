@@ -12,6 +12,10 @@ from quality_sides import IN_WORDS, PRESETS
 ORDER = ("float", "rtn", "bitsandbytes", "torch", "gptqmodel", "autoround", *(f"qlm-{p}" for p in PRESETS))
 
 
+# The side of mixed precision, and those of one width for all that it is compared with.
+MIXED, UNIFORM = "qlm-balanced-mixed", ("qlm-balanced-3bit", "qlm-balanced-4bit")
+
+
 def is_ablation(side: str) -> bool:
     return "-no-" in side
 
@@ -37,7 +41,20 @@ def summary_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[st
             figures[name], figures[f"{name}_spread"] = mean_and_spread([row[name] for row in found])
         figures["kl_stderr"] = mean_and_spread([row["kl_stderr"] for row in found])[0]
         summary.setdefault(checkpoint, {})[side] = figures
+    for of_checkpoint in summary.values():
+        if of_checkpoint.keys() >= {MIXED, *UNIFORM}:
+            mixed = of_checkpoint[MIXED]
+            mixed["kl_over_interpolated"] = mixed["kl"] / interpolated_kl(
+                mixed["bits_per_weight"], *(of_checkpoint[side] for side in UNIFORM)
+            )
     return summary
+
+
+def interpolated_kl(bits: float, *ends: Mapping[str, Any]) -> float:
+    """KL at that many stored bits per weight on the line between two sides, in log KL."""
+    (low, low_kl), (high, high_kl) = ((end["bits_per_weight"], end["kl"]) for end in ends)
+    share = (bits - low) / (high - low)
+    return math.exp((1 - share) * math.log(low_kl) + share * math.log(high_kl))
 
 
 def in_table(value: float, spread: float | None) -> str:
@@ -65,7 +82,9 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     def quality(checkpoint: str, found: dict[str, Any]) -> str:
         parts = [] if found["kl"] is None else [in_table(found["kl"], found["kl_spread"])]
         parts.append(f"{found['perplexity']:.2f}")
-        return " · ".join(parts if found["same_top1"] is None else [*parts, f"{found['same_top1']:.1%}"])
+        shown = " · ".join(parts if found["same_top1"] is None else [*parts, f"{found['same_top1']:.1%}"])
+        ratio = found.get("kl_over_interpolated")
+        return shown if ratio is None else f"{shown} ({ratio:.3f})"
 
     def size(checkpoint: str, found: dict[str, Any]) -> str:
         bits = "" if found["bits_per_weight"] is None else f"{found['bits_per_weight']:.2f}"

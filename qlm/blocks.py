@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from qlm.arch import FamilySpec, LinearGroup
+from qlm.arch.parts import fused_parts
 from qlm.backends import BACKENDS, Backend, QuantizedLinear, Statistics
+from qlm.backends.base import refuse_not_finite, with_parts
+from qlm.backends.gptq import GptqBackend
 from qlm.errors import DataError, UsageError
 from qlm.formats.layout import in_block
 from qlm.load import linear_paths
 from qlm.recipe import LinearSettings, QuantizeRecipe, settings_for, unmatched_globs
-from qlm.smoothing import FoldedBlock, fold_parameters, folds_of, sampled_inputs
+from qlm.smoothing import fold_parameters, folds_of, sampled_inputs
 from qlm.stream import Stream
+from qlm.tune import BlockLoss, learn_rounding, tune_floats
 
 
 def stages_of(spec: FamilySpec, config: Any) -> tuple[tuple[LinearGroup, ...], ...]:
@@ -83,78 +87,195 @@ def quantize_block(
         stream: the block's inputs, of which the reference, if there is one, moves on; None where nothing is calibrated.
         dtype: of what stays in floating point.
     """
-    done: dict[str, QuantizedLinear] = {}
-    floats: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    in_block = {name: settings for name, settings in chosen.items() if name.startswith(f"{path}.")}
-    follows_float = stream is not None and stream.reference is not None
-    # What moves the float model's stream on, as it does when a finished block is read back.
-    untouched = float_block = copy.deepcopy(block) if follows_float else None
+    work = _Work(block, path, spec, config, chosen, read, stream, dtype)
+    work.fold()
+    work.quantize()
+    work.tune()
+    work.advance_reference()
+    return QuantizedBlock(work.linears, work.floats, work.facts)
 
-    def change(name: str, value: Tensor) -> None:
-        floats[name] = value.to(dtype)
-        set_float(block, name.removeprefix(f"{path}."), floats[name])
 
-    if stream is not None and any(settings.smooth for settings in in_block.values()):
-        folded = _fold(block, path, spec, config, in_block, read, stream, dtype)
-        facts["smoothing"] = folded.facts
-        values = {f"{path}.{name}": value for name, value in folded.parameters.items()}
-        for name, value in values.items():
-            if name.endswith(".weight") and name.removesuffix(".weight") in in_block:
-                set_float(block, name.removeprefix(f"{path}."), value)
-            else:
-                change(name, value)
-        plain_read, values = read, {**values, **{name: floats[name] for name in floats}}
-        read = lambda name: values[name] if name in values else plain_read(name)  # noqa: E731
+class _Work:
+    """`quantize_block`, step by step; what is done so far is in `linears`, `floats` and `facts`."""
 
-        # The float model's inputs have to be scaled and shifted as these are.
-        float_block = copy.deepcopy(block) if follows_float else None
+    def __init__(
+        self,
+        block: nn.Module,
+        path: str,
+        spec: FamilySpec,
+        config: Any,
+        chosen: Mapping[str, LinearSettings],
+        read: Callable[[str], Tensor],
+        stream: Stream | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.block, self.path, self.spec, self.config = block, path, spec, config
+        self.read_stored, self.stream, self.dtype = read, stream, dtype
+        self.chosen = {name: settings for name, settings in chosen.items() if name.startswith(f"{path}.")}
+        self.linears: dict[str, QuantizedLinear] = {}
+        self.floats: dict[str, Tensor] = {}
+        self.facts: dict[str, Any] = {}
+        self.folded: dict[str, Tensor] = {}
+        self.learned: set[str] = set()
+        self.targets: Tensor | None = None
+        follows_float = stream is not None and stream.reference is not None
+        # What moves the float model's stream on, as it does when a finished block is read back.
+        self.untouched = self.float_block = copy.deepcopy(block) if follows_float else None
 
-    as_multiplied = next((BACKENDS[settings.backend].as_multiplied for settings in in_block.values()), None)
-    for stage in stages_of(spec, config):
-        groups = [group for group in stage if any(f"{path}.{linear}" in chosen for linear in group.linears)]
-        statistics: Mapping[LinearGroup, Statistics] = (
-            stream.statistics(block, groups, path, float_block, as_multiplied) if stream and groups else {}
+    def read(self, name: str) -> Tensor:
+        """A parameter as it is now, in the dtype that it is stored in, by its full name."""
+        for changed in (self.floats, self.folded):
+            if name in changed:
+                return changed[name]
+        return self.read_stored(name)
+
+    def inner(self, name: str) -> str:
+        return name.removeprefix(f"{self.path}.")
+
+    def change(self, name: str, value: Tensor) -> None:
+        """Let a bias or a norm be `value`, in the file and in the block."""
+        self.floats[name] = value.to(self.dtype)
+        refuse_not_finite(
+            name, self.floats[name], f"what quantizing makes of it does not fit into {self.dtype}; choose another dtype"
         )
-        for group in groups:
-            names = [f"{path}.{linear}" for linear in group.linears if f"{path}.{linear}" in chosen]
-            # Linears with the same settings go together: their rows are independent, and one pass serves them all.
-            for settings in dict.fromkeys(chosen[name] for name in names):
-                weights = {name: read(f"{name}.weight") for name in names if chosen[name] == settings}
-                backend = BACKENDS[settings.backend]
-                results = backend.quantize(weights, statistics.get(group), settings)
-                for (name, weight), quantized in zip(weights.items(), results, strict=True):
-                    done[name] = quantized
-                    inner = name.removeprefix(f"{path}.")
-                    if stream is not None:
-                        use_dequantized(block, inner, quantized.tensors, backend, settings, weight.dtype)
-                    if quantized.bias_shift is not None and block.get_submodule(inner).bias is not None:
-                        bias = read(f"{name}.bias")
-                        change(f"{name}.bias", bias.float() + quantized.bias_shift.to(bias.device))
-    if stream is not None and untouched is not None:
-        stream.advance_reference(untouched, afresh=float_block is not untouched)
-    return QuantizedBlock(done, floats, facts)
+        set_float(self.block, self.inner(name), self.floats[name])
 
+    def add_to_bias(self, name: str, shift: Tensor | None) -> None:
+        """shift: fp32 [O], of the linear `name`."""
+        if shift is not None and self.block.get_submodule(self.inner(name)).bias is not None:
+            bias = self.read(f"{name}.bias")
+            self.change(f"{name}.bias", bias.float() + shift.to(bias.device))
 
-def _fold(
-    block: nn.Module,
-    path: str,
-    spec: FamilySpec,
-    config: Any,
-    chosen: Mapping[str, LinearSettings],
-    read: Callable[[str], Tensor],
-    stream: Stream,
-    dtype: torch.dtype,
-) -> FoldedBlock:
-    """What smoothing makes of the block's parameters; nothing is changed here."""
-    quantized = {name.removeprefix(f"{path}.") for name, settings in chosen.items() if settings.smooth}
-    with sampled_inputs(block, folds_of(spec, config, quantized), stream.hidden.shape[:2].numel()) as inputs:
-        stream.run(block)
-    parameters = {name: read(f"{path}.{name}") for name, _ in block.named_parameters()}
-    try:
-        return fold_parameters(parameters, spec, config, inputs, quantized, dtype=dtype)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
+    def fold(self) -> None:
+        """Move outliers of the activations into the weights, where that is wanted."""
+        if self.stream is None or not any(settings.smooth for settings in self.chosen.values()):
+            return
+        quantized = {self.inner(name) for name, settings in self.chosen.items() if settings.smooth}
+        not_rounded = {self.inner(name) for name, settings in self.chosen.items() if settings.input_16bit}
+        folds = folds_of(self.spec, self.config, quantized, not_rounded)
+        with sampled_inputs(self.block, folds, self.stream.hidden.shape[:2].numel()) as inputs:
+            self.stream.run(self.block)
+        parameters = {name: self.read(f"{self.path}.{name}") for name, _ in self.block.named_parameters()}
+        try:
+            found = fold_parameters(
+                parameters, self.spec, self.config, inputs, quantized, not_rounded, dtype=self.dtype
+            )
+        except ValueError as error:
+            raise DataError(f"{self.path}.{error}") from None
+        self.facts["smoothing"] = found.facts
+        for inner, value in found.parameters.items():
+            name = f"{self.path}.{inner}"
+            if name.endswith(".weight") and name.removesuffix(".weight") in self.chosen:
+                self.folded[name] = value
+                set_float(self.block, inner, value)
+            else:
+                self.change(name, value)
+        # The float model's inputs have to be scaled and shifted as these are.
+        self.float_block = copy.deepcopy(self.block) if self.float_block is not None else None
+
+    def quantize(self) -> None:
+        """The linears, stage by stage."""
+        for stage in stages_of(self.spec, self.config):
+            groups = [group for group in stage if self.names(group)]
+            if any(
+                linear in (self.spec.attention_out, self.spec.mlp_out) for group in groups for linear in group.linears
+            ):
+                self.learn_rounding()
+            as_multiplied = {group: rounds for group in groups if (rounds := self.as_multiplied(group)) is not None}
+            statistics: Mapping[LinearGroup, Statistics] = (
+                self.stream.statistics(self.block, groups, self.path, self.float_block, as_multiplied)
+                if self.stream and groups
+                else {}
+            )
+            for group in groups:
+                names = self.names(group)
+                # Linears with the same settings go together: their rows are independent, and one pass serves them all.
+                for settings in dict.fromkeys(self.chosen[name] for name in names):
+                    weights = {name: self.read(f"{name}.weight") for name in names if self.chosen[name] == settings}
+                    results = BACKENDS[settings.backend].quantize(weights, statistics.get(group), settings)
+                    for (name, weight), quantized in zip(weights.items(), results, strict=True):
+                        parts = fused_parts(self.spec, self.config, self.inner(name), len(weight))
+                        self.linears[name] = with_parts(quantized, parts)
+                        if self.stream is not None:
+                            self.use(name, weight.dtype)
+                        self.add_to_bias(name, quantized.bias_shift)
+
+    def as_multiplied(self, group: LinearGroup) -> Callable[[Tensor], Tensor] | None:
+        """What all of a group's linears make of their input before they multiply it, if anything."""
+        settings = [self.chosen[name] for name in self.names(group)]
+        if any(how.input_16bit for how in settings):
+            return None
+        return BACKENDS[settings[0].backend].as_multiplied
+
+    def names(self, group: LinearGroup) -> list[str]:
+        """The linears of a group that are quantized."""
+        return [name for name in (f"{self.path}.{linear}" for linear in group.linears) if name in self.chosen]
+
+    def use(self, name: str, dtype: torch.dtype) -> None:
+        """Let the block compute with what has become of a linear whose weight is stored in `dtype`."""
+        settings = self.chosen[name]
+        use_dequantized(
+            self.block, self.inner(name), self.linears[name].tensors, BACKENDS[settings.backend], settings, dtype
+        )
+
+    def steps(self, key: str) -> int:
+        """How many steps of learning by gradient, `rounding_steps` or `tune_steps`, are wanted here."""
+        learns = self.stream is not None and self.float_block is not None and self.stream.held_out > 0
+        return max((getattr(settings, key) for settings in self.chosen.values()), default=0) if learns else 0
+
+    def loss(self) -> BlockLoss:
+        """Of the block as it is now."""
+        assert self.stream is not None
+        assert self.float_block is not None
+        if self.targets is None:
+            self.targets = self.stream.targets(self.float_block)
+        floats = {inner: self.read(f"{self.path}.{inner}") for inner, p in self.block.named_parameters() if p.ndim == 1}
+        return BlockLoss(self.block, self.stream, self.targets, floats)
+
+    def learn_rounding(self) -> None:
+        """New codes of the linears that have been quantized and not been learned yet, by gradient.
+
+        It comes before the linears whose output is added to the residual stream: those are solved for, and make up for what is left.
+        """
+        steps, backend = self.steps("rounding_steps"), BACKENDS["gptq"]
+        names = [name for name in self.linears if name not in self.learned]
+        if not steps or not names:
+            return
+        assert self.stream is not None
+        assert isinstance(backend, GptqBackend)
+        weights = {name: self.read(f"{name}.weight") for name in names}
+        rounded = {name: backend.rounded(self.linears[name].tensors, self.chosen[name]) for name in names}
+        codes, tuned = learn_rounding(
+            self.loss(),
+            {self.inner(name): weight for name, weight in weights.items()},
+            {self.inner(name): how for name, how in rounded.items()},
+            steps,
+        )
+        self.learned |= set(names)
+        self.facts["rounding"] = [*self.facts.get("rounding", []), tuned.facts()]
+        if tuned.step:
+            for name in names:
+                new = backend.with_codes(self.linears[name], codes[self.inner(name)], self.chosen[name])
+                self.linears[name] = new
+                self.use(name, weights[name].dtype)
+            self.stream.forget_attention()
+
+    def tune(self) -> None:
+        """New norms and biases, by gradient."""
+        steps = self.steps("tune_steps")
+        if not steps:
+            return
+        new, tuned = tune_floats(self.loss(), self.dtype, steps)
+        self.facts["tuning"] = tuned.facts()
+        if tuned.step:
+            for inner, value in new.items():
+                self.change(f"{self.path}.{inner}", value)
+            assert self.stream is not None
+            self.stream.forget_attention()
+
+    def advance_reference(self) -> None:
+        if self.stream is not None and self.untouched is not None:
+            self.stream.advance_reference(self.untouched, afresh=self.float_block is not self.untouched)
 
 
 def set_float(block: nn.Module, name: str, value: Tensor) -> None:

@@ -156,7 +156,8 @@ def quantize(
                 raise (type(error)(f"{path}: {error}") if len(loaded) > 1 else error) from None
             result = rows[-1].result
             resumed = f" ({result.resumed} blocks were there already)" if result.resumed else ""
-            reporter.note(f"{title}: {len(result.layers)} linears -> {result.output}{resumed}")
+            picture = f", their bits in {result.output / 'bits.svg'}" if result.choice is not None else ""
+            reporter.note(f"{title}: {len(result.layers)} linears -> {result.output}{picture}{resumed}")
     finally:
         # What the recipes before a failing one gave is shown all the same.
         if rows and str(json_file) != "-":

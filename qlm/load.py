@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlm.arch import FamilySpec, Task
 from qlm.backends import BACKENDS, Backend, backend_of
+from qlm.backends.base import refuse_not_finite
 from qlm.checkpoint.config import read_config
 from qlm.checkpoint.expected import check_tied_head, embedding_dtype, match_tensors, published_name
 from qlm.checkpoint.reader import Checkpoint
@@ -47,6 +48,10 @@ class Source:
     file_names: Mapping[str, str]
     dtype: torch.dtype
 
+    def stored_names(self) -> list[str]:
+        """Names in memory of the tensors that the files hold (a tied head they need not)."""
+        return [name for name, stored in self.file_names.items() if stored in self.checkpoint.tensors]
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor of that name in memory, as the file holds it, or as `dtype`.
 
@@ -56,12 +61,7 @@ class Source:
         tensor = self.checkpoint.read(self.file_names[name])
         # torch's isfinite does not know 8-bit floats.
         values = tensor.float() if tensor.is_floating_point() and tensor.dtype not in FLOATS else tensor
-        if values.is_floating_point() and not bool(values.isfinite().all()):
-            where = (~values.isfinite()).nonzero()
-            raise DataError(
-                f"{self.file_names[name]}: {len(where)} of {tensor.numel()} values are NaN or infinite, the first at "
-                f"{where[0].tolist()}; the checkpoint is damaged"
-            )
+        refuse_not_finite(self.file_names[name], values)
         if dtype in (None, tensor.dtype):
             return tensor
         converted = tensor.to(dtype)

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qlm.errors import CannotCreate, Unavailable, UsageError
 from qlm.formats.dtypes import DTYPES
 from qlm.load import block_paths, check_attention, open_source, tied_names
 from qlm.recipe import Recipe
+from qlm.sensitivity import SLICE_LOGITS, Layer, budget_of, measured_at
 
 # Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.
 PROCESS_BYTES = 650_000_000
@@ -109,9 +110,17 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
         raise UsageError(
             f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint"
         )
-    chosen = choose_settings(model, source.spec, recipe.quantize)
     backend = BACKENDS[recipe.quantize.backend]
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    layers: list[Layer] | None = None
+    budget = 0
+    if recipe.quantize.budget_key is not None:
+        layers, budget = budget_of(model, source.spec, recipe.quantize, dtype, source.stored_names())
+        # Which of its options each will have is not known; all of them together take the budget at most.
+        chosen = {name: next(iter(layer.options.values())) for layer in layers for name in layer.names}
+        budget = min(budget, sum(max(layer.sizes) for layer in layers))
+    else:
+        chosen = choose_settings(model, source.spec, recipe.quantize)
     blocks = block_paths(source.spec, model)
     tied = tied_names(source.spec, source.config, recipe.task)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
@@ -120,7 +129,9 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
     stored = {}
     for name in numel:
         path = name.rpartition(".")[0]
-        if path in chosen and name.endswith(".weight"):
+        if path in chosen and name.endswith(".weight") and layers is not None:
+            stored[name] = math.ceil(budget * numel[name] / sum(numel[f"{linear}.weight"] for linear in chosen))
+        elif path in chosen and name.endswith(".weight"):
             rows, columns = shapes[name]
             layout = backend.layout((rows, columns), backend.format(chosen[path], dtype))
             # A size that the layout leaves open belongs to a tensor of a few hundred bytes.
@@ -144,6 +155,9 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
         quantize_memory, quantize_seconds = _calibrated(
             recipe, source, model, chosen, shapes, block_weights, outside_weights, shard, len(blocks)
         )
+    if layers is not None:
+        choosing = _choosing(recipe, source, model, shapes, layers, blocks)
+        quantize_memory, quantize_seconds = max(quantize_memory, choosing[0]), quantize_seconds + choosing[1]
     evaluate_memory = evaluate_seconds = 0.0
     if recipe.evaluate is not None:
         floats = 4 * sum(numel.values())
@@ -212,6 +226,52 @@ def _calibrated(
     solving = sides * products * (1 + recipe.quantize.sweeps / 4)
     seconds = blocks * (solving / matmul_rate(torch.float32) + forward / matmul_rate(compute))
     return max(memory, embedding), seconds
+
+
+def _choosing(
+    recipe: Recipe,
+    source: Any,
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: Sequence[Layer],
+    blocks: Sequence[str],
+) -> tuple[float, float]:
+    """Memory and time of choosing bits by a budget: the whole float model and gradients; then one block's Hessians and the solver."""
+    assert recipe.calibration is not None
+    compute = calibration_dtype("cpu")
+    length = window_length(recipe.calibration.length, _positions(source))
+    hidden = int(getattr(source.config, source.spec.hidden_size))
+    samples = recipe.calibration.samples
+    drawn, aside = measured_at(layers, model, (samples, length))
+    numel = {name: math.prod(shape) for name, shape in shapes.items()}
+    first = [name for name in numel if name.startswith(f"{blocks[0]}.")]
+    widest = max(max(shapes[name]) for name in first)
+    whole, in_block = sum(numel.values()), sum(numel[name] for name in first)
+
+    outputs, inputs_of_block, hessians, solver, products = 0, 0, 0, 0, 0.0
+    for layer in layers:
+        rows = sum(shapes[f"{name}.weight"][0] for name in layer.names)
+        inputs = shapes[f"{layer.names[0]}.weight"][1]
+        outputs += rows
+        if layer.names[0].startswith(f"{blocks[0]}."):
+            inputs_of_block += inputs
+            hessians += 4 * inputs * inputs
+        solver = max(solver, 4 * HESSIAN_COPIES * inputs * inputs + 7 * 4 * rows * inputs + 8 * drawn * rows)
+        of_options = len(layer.options) * (
+            2 * inputs**3 + (1 + recipe.quantize.sweeps / 4) * 40 * rows * inputs * inputs / 32 + drawn * rows * inputs
+        )
+        products += samples * length * inputs * inputs + of_options
+
+    gradients = 2 * drawn * outputs
+    logits = 5 * 4 * min(length * int(source.config.vocab_size), SLICE_LOGITS)
+    backward = compute.itemsize * length * (len(blocks) * hidden + 24 * widest) + logits
+    streams = 2 * (samples + aside) * length * hidden * compute.itemsize
+    activations = 8 * compute.itemsize * BATCH_TOKENS * widest + 4 * BATCH_TOKENS * widest
+    costs = streams + hessians + solver + activations + compute.itemsize * drawn * inputs_of_block
+    memory = whole * compute.itemsize + gradients + max(backward, costs)
+    # Backward passes compute each block again, and cost twice a forward one; the streams pass through each block twice.
+    forward = 4 * aside * length * whole + 2 * (samples + aside) * length * in_block * len(blocks)
+    return memory, forward / matmul_rate(compute) + products / matmul_rate(torch.float32)
 
 
 def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:

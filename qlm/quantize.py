@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlm.arch import FAMILIES, FamilySpec, Task
 from qlm.backends import BACKENDS, Backend
+from qlm.backends.base import refuse_not_finite
 from qlm.blocks import choose_settings, quantize_block, set_float, stages_of, use_dequantized
 from qlm.calibrate import (
     Text,
@@ -32,13 +33,16 @@ from qlm.calibrate import (
 from qlm.checkpoint import manifest
 from qlm.checkpoint.files import PartialFolder, tidy
 from qlm.errors import DataError, UsageError
+from qlm.figure import bits_figure
 from qlm.formats.dtypes import torch_dtype
+from qlm.formats.layout import in_block
 from qlm.load import (
     Source,
     block_paths,
     check_attention,
     fill,
     linear_paths,
+    load,
     load_tokenizer,
     open_source,
     set_parameter,
@@ -52,6 +56,7 @@ from qlm.recipe import (
     quantize_section,
     resolved,
 )
+from qlm.sensitivity import budget_of, choose_bits, with_choice
 from qlm.stream import Stream
 
 # Copied as they are: other software finds its tokenizer by them. qlm itself reads the first three only.
@@ -59,6 +64,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
+# The picture of what was chosen for each linear; its record holds the choice, so that it is made once.
+FIGURE = "bits.svg"
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,6 +80,7 @@ class QuantizeResult:
         bits_per_weight: of the quantized linears: their tensors' bits over their weights' number.
         bytes, bytes_before: of all weights, in the output and in the input.
         resumed: blocks that an earlier, interrupted run had finished; all of them if the output was there already.
+        choice: where bits were chosen by a budget, what is known of that (`BitChoice.facts`).
     """
 
     output: Path
@@ -81,6 +89,7 @@ class QuantizeResult:
     bytes: int
     bytes_before: int
     resumed: int
+    choice: Mapping[str, Any] | None = None
 
 
 def shard_name(index: int, count: int) -> str:
@@ -114,8 +123,11 @@ def quantize(
     with PartialFolder(output, identity, force) as partial:
         stream = None
         if text is not None and recipe.calibration is not None:
+            windows = _windows(recipe.calibration, text, job.source)
+            if recipe.quantize.budget_key is not None:
+                job = _choose_bits(job, recipe, windows, partial, tell)
             tell("embed", 0, 1)
-            stream = _embed(job, _windows(recipe.calibration, text, job.source), recipe.quantize)
+            stream = _embed(job, windows, recipe.quantize)
             tell("embed", 1, 1)
         resumed = 0
         for index, path in enumerate(job.blocks):
@@ -148,7 +160,8 @@ class _Job:
 
     Attributes:
         model: the skeleton; one block of it is filled at a time.
-        chosen: path of each linear to be quantized to its settings.
+        chosen: path of each linear to be quantized to its settings; none as long as bits are yet to be chosen by a budget.
+        budget: for that, in bytes.
         blocks: paths of the blocks; `shards` are the output's files, the first for what lies outside the blocks.
         dtype: of what stays in floating point in the output. compute: what blocks compute in while calibrating.
     """
@@ -163,6 +176,7 @@ class _Job:
     dtype: torch.dtype
     compute: torch.dtype
     device: str
+    budget: int | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, device: str) -> "_Job":
@@ -175,27 +189,61 @@ class _Job:
                 f"model: {recipe.model} is quantized already ({source.backend.name}); give the float checkpoint"
             )
         blocks = block_paths(source.spec, model)
+        by_budget = recipe.quantize.budget_key is not None
+        dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         return cls(
             source=source,
             model=model,
             task=recipe.task,
-            chosen=choose_settings(model, source.spec, recipe.quantize),
+            chosen={} if by_budget else choose_settings(model, source.spec, recipe.quantize),
             backend=BACKENDS[recipe.quantize.backend],
             blocks=blocks,
             shards=[shard_name(index, len(blocks) + 1) for index in range(len(blocks) + 1)],
-            dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            dtype=dtype,
             compute=calibration_dtype(device),
             device=device,
+            budget=budget_of(model, source.spec, recipe.quantize, dtype, source.stored_names())[1]
+            if by_budget
+            else None,
         )
 
     def outside_blocks(self) -> list[str]:
-        """Names in memory of the tensors that belong to no block and that the files hold (a tied head they need not)."""
+        """Names in memory of the tensors that belong to no block and that the files hold."""
         prefixes = tuple(f"{path}." for path in self.blocks)
-        return [
-            name
-            for name, stored in self.source.file_names.items()
-            if not name.startswith(prefixes) and stored in self.source.checkpoint.tensors
-        ]
+        return [name for name in self.source.stored_names() if not name.startswith(prefixes)]
+
+
+def _choose_bits(job: _Job, recipe: Recipe, windows: Tensor, partial: PartialFolder, progress: Progress) -> _Job:
+    """The job with the bits and the group size of each linear chosen by the recipe's budget, once: a run that continues another finds
+    the choice beside the picture of it. The whole float model is in memory while costs are measured."""
+    source, section = job.source, recipe.quantize
+    if not partial.finished(FIGURE):
+        assert job.budget is not None
+        model = load(
+            source.checkpoint.folder,
+            device=job.device,
+            dtype=job.compute,
+            attn_implementation=recipe.attn_implementation,
+        )
+        choice = choose_bits(model, source.spec, windows, section, job.budget, progress=progress)
+        del model
+        release_memory()
+        linears = [linear for s in stages_of(source.spec, source.config) for group in s for linear in group.linears]
+        figure = bits_figure(
+            # q before k, as everybody says them; transformers' OPT has k, v and q.
+            dict(
+                sorted(
+                    choice.options.items(), key=lambda item: [item[0].endswith(f".{x}") for x in linears], reverse=True
+                )
+            ),
+            name=Path(recipe.model).resolve().name if Path(recipe.model).is_dir() else recipe.model,
+            average_bits=choice.average_bits,
+            size=choice.bytes,
+            left_out=[name for name in linear_paths(job.model) if in_block(name) and name not in choice.options],
+        )
+        partial.write_bytes(FIGURE, figure.encode(), record={"options": choice.options, "facts": choice.facts})
+    options = {name: (bits, group_size) for name, (bits, group_size) in partial.record(FIGURE)["options"].items()}
+    return replace(job, chosen=choose_settings(job.model, source.spec, with_choice(section, options)))
 
 
 # Values that were silently wrong in another library at least once; the manifest states them.
@@ -277,9 +325,12 @@ def stream_of(
     model: Any, spec: FamilySpec, first_block: str, windows: Tensor, device: str, section: QuantizeRecipe
 ) -> Stream:
     """The stream that a `quantize` section asks for."""
+    # A bias takes the mean error of an output off; where all outputs have one, nothing else need care for means.
+    biases = all(model.get_submodule(name).bias is not None for name in linear_paths(model) if in_block(name))
     return Stream(
         model, spec, first_block, windows, device,
         reference=section.follows_float, held_out=section.holds_out, ignore_first=section.ignore_first,
+        about_mean=section.bias_correction and biases,
     )  # fmt: skip
 
 
@@ -402,6 +453,7 @@ def _write_descriptions(partial: PartialFolder, job: _Job, recipe: Recipe, ident
         qlm=importlib.metadata.version("qlm"),
         outputs=partial.facts([name for name in partial.finished_names if name != manifest.NAME]),
         layers={name: facts for shard in job.shards for name, facts in partial.record(shard)["layers"].items()},
+        choice=partial.record(FIGURE)["facts"] if recipe.quantize.budget_key is not None else None,
         bos=bos_rule(source.spec),
         config={key: value for key, value in source.config.to_dict().items() if key in KEY_CONFIG_VALUES},
     )
@@ -423,6 +475,7 @@ def _result(output: Path, source: Source, resumed: int) -> QuantizeResult:
             info.file.stat().st_size for info in {i.file: i for i in source.checkpoint.tensors.values()}.values()
         ),
         resumed=resumed,
+        choice=written.get("choice"),
     )
 
 
@@ -456,7 +509,9 @@ def quantize_model(
         if type(model.get_submodule(name)) is not nn.Linear:
             kind = type(model.get_submodule(name)).__name__
             raise UsageError(f"model: {name} is a {kind}, no plain Linear: quantized already, or an adapter's")
-    chosen = choose_settings(model, spec, section)
+    chosen = choose_settings(model, spec, section) if section.budget_key is None else {}
+    for name, parameter in model.named_parameters():
+        refuse_not_finite(name, parameter.detach())
     dtype = model.get_input_embeddings().weight.dtype
     stream: Stream | None = None
     if section.needs_calibration:
@@ -464,6 +519,12 @@ def quantize_model(
             raise UsageError(f"calibration: backend {section.backend} needs token ids, int64 [samples, length]")
         check_windows(calibration, spec, model.config)
         device = str(model.get_input_embeddings().weight.device)
+        if section.budget_key is not None:
+            _, budget = budget_of(model, spec, section, dtype, [name for name, _ in model.named_parameters()])
+            section = with_choice(
+                section, choose_bits(model, spec, calibration, section, budget, progress=progress).options
+            )
+            chosen = choose_settings(model, spec, section)
         stream = stream_of(model, spec, blocks[0], calibration, device, section)
     facts: dict[str, dict[str, Any]] = {}
     for index, path in enumerate(blocks):

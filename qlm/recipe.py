@@ -16,6 +16,7 @@ import fnmatch
 import functools
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -71,28 +72,36 @@ _QUANTO_INT4_GROUP = 128
 _TAKES: dict[str, tuple[str, ...]] = {
     "int8": (
         "quality", "bits", "damp", "smooth", "target_shift", "compensate", "sweeps", "bias_correction",
-        "ignore_first", "skip", "on_failure",
+        "ignore_first", "input_16bit", "skip", "on_failure",
     ),
     "nf4": (
         "quality", "bits", "double_quant", "damp", "scale_search", "target_shift", "compensate", "sweeps",
-        "bias_correction", "ignore_first", "skip", "on_failure",
+        "bias_correction", "tune_steps", "ignore_first", "skip", "on_failure",
     ),
     "gptq": (
-        "quality", "bits", "group_size", "symmetric", "damp", "order", "scale_search", "target_shift", "sweeps",
-        "bias_correction", "ignore_first", "skip", "on_failure", "overrides",
+        "quality", "bits", "group_size", "average_bits", "target_size", "symmetric", "damp", "order", "scale_search", "target_shift", "sweeps",
+        "bias_correction", "rounding_steps", "tune_steps", "ignore_first", "skip", "on_failure", "overrides",
     ),
     "quanto": ("qtype", "skip"),
 }  # fmt: skip
+# What the letters after a number of bytes mean.
+SIZE_UNITS = {
+    "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
+}  # fmt: skip
+MOST_BYTES = 10**15
 # What a quality means: the defaults of these keys, for each backend that takes them.
 PRESETS: dict[Quality, dict[str, Any]] = {
     "fast": {
-        "target_shift": 0.0, "compensate": False, "sweeps": 0, "bias_correction": False, "smooth": False,
+        "target_shift": 0.0, "compensate": False, "sweeps": 0, "bias_correction": False, "smooth": False, "rounding_steps": 0,
+        "tune_steps": 0,
     },
     "balanced": {
-        "target_shift": "auto", "compensate": True, "sweeps": 2, "bias_correction": True, "smooth": True,
+        "target_shift": "auto", "compensate": True, "sweeps": 2, "bias_correction": True, "smooth": True, "rounding_steps": 0,
+        "tune_steps": 0,
     },
     "best": {
-        "target_shift": "auto", "compensate": True, "sweeps": 4, "bias_correction": True, "smooth": True,
+        "target_shift": "auto", "compensate": True, "sweeps": 4, "bias_correction": True, "smooth": True, "rounding_steps": 200,
+        "tune_steps": 200,
     },
 }  # fmt: skip
 
@@ -126,9 +135,37 @@ def _whole(value: object) -> object:
     return value
 
 
+def _size(text: str) -> str:
+    """A number and a unit, as `size_in_bytes` takes it."""
+    number, unit = _parts_of_size(text)
+    if unit not in SIZE_UNITS or number is None or not 1 <= number * SIZE_UNITS[unit] <= MOST_BYTES:
+        allowed = f"bytes as a whole number, or a number with {_listed(SIZE_UNITS, 'or')}, such as 600MB"
+        meant = next((known for known in SIZE_UNITS if known.lower() == unit.lower()), None)
+        hint = f"; did you mean {number:g}{meant}?" if number and meant and meant != unit else ""
+        raise _refused(None, f"found {in_words(text)}; allowed: {allowed}{hint}")
+    return text
+
+
+def _parts_of_size(text: str) -> tuple[float | None, str]:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]*)", text)
+    return (float(found[1]), found[2]) if found else (None, "")
+
+
+def size_in_bytes(size: str | int) -> int:
+    """600_000_000 for "600MB"; what validation let through."""
+    if isinstance(size, int):
+        return size
+    number, unit = _parts_of_size(size)
+    assert number is not None
+    return int(number * SIZE_UNITS[unit])
+
+
 GroupSize = Annotated[Literal[32, 64, 128, -1], BeforeValidator(_whole)]
 Bits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT), AfterValidator(_plain_text)]
+Size = Annotated[
+    str, StringConstraints(min_length=1, max_length=64), AfterValidator(_plain_text), AfterValidator(_size)
+]
 PathText = Annotated[Text, AfterValidator(_local_path)]
 Glob = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)]
 
@@ -209,6 +246,17 @@ class QuantizeRecipe(_Section):
         description="Input features that share a scale; must divide every linear's input features. -1 is one scale "
         "per output channel. Smaller is more accurate and larger: 32 costs half a bit per weight, 128 an eighth.",
     )
+    average_bits: float | None = Field(
+        None,
+        gt=2,
+        le=9,
+        description="Instead of `bits` and `group_size`: stored bits per weight of the quantized linears together, at most. Each gets the "
+        "bits and the group size that lose least, as the calibration text says.",
+    )
+    target_size: Size | Annotated[int, Field(ge=1, le=MOST_BYTES)] | None = Field(
+        None,
+        description="The same by size: bytes of all weight files together, at most, as a whole number or as `600MB`, `1.5GB`, `500MiB`.",
+    )
     symmetric: bool = Field(True, description="No zero points (true) or one per group (false).")
     double_quant: bool = Field(
         False, description="Quantize the block scales too: 0.37 bits per weight less (arXiv:2305.14314, section 3)."
@@ -252,8 +300,25 @@ class QuantizeRecipe(_Section):
     bias_correction: bool = Field(
         default_factory=_preset("bias_correction"), description="Take the mean error of each output off its bias."
     )
+    rounding_steps: int = Field(
+        default_factory=_preset("rounding_steps"),
+        ge=0,
+        le=10_000,
+        description="Steps in which the codes of a block's linears are learned by gradient from what the block makes of them.",
+    )
+    tune_steps: int = Field(
+        default_factory=_preset("tune_steps"),
+        ge=0,
+        le=10_000,
+        description="Steps in which a block's norms and biases are learned in the same way.",
+    )
     ignore_first: bool = Field(
         False, description="Leave the first token of each window, an outlier in many models, out of the statistics."
+    )
+    input_16bit: list[Glob] = Field(
+        [],
+        max_length=1000,
+        description="Globs of module paths whose int8 linears take their input as it is, 16 bits or more, instead of rounding it to 8.",
     )
     skip: list[Glob] = Field(
         [],
@@ -277,10 +342,25 @@ class QuantizeRecipe(_Section):
             if key in self.model_fields_set and key != "backend" and key not in takes:
                 allowed = _listed(takes, "and")
                 raise _refused(key, f"found with backend {self.backend}, which takes {allowed}; remove it")
+        if self.average_bits is not None and self.target_size is not None:
+            raise _refused(
+                "target_size", "found beside average_bits, which says the same in another way; remove one of the two"
+            )
+        if self.budget_key is not None:
+            for key in ("bits", "group_size"):
+                if key in self.model_fields_set:
+                    raise _refused(
+                        key, f"found beside {self.budget_key}, which chooses it for each linear; remove one of the two, or name the linears in overrides"
+                    )  # fmt: skip
         allowed_bits = _BITS.get(self.backend, (self.bits,))
         if self.bits not in allowed_bits:
             allowed = _listed(sorted(allowed_bits), "or")
             raise _refused("bits", f"found {self.bits} with backend {self.backend}; allowed: {allowed}")
+        for glob in self.input_16bit:
+            if glob in self.skip:
+                raise _refused(
+                    "input_16bit", f"found {in_words(glob, '')} here and in skip, which wins; remove one of the two"
+                )
         for glob, override in self.overrides.items():
             if glob in self.skip and override.skip is not False:
                 raise _refused(
@@ -289,22 +369,27 @@ class QuantizeRecipe(_Section):
         return self
 
     @property
+    def budget_key(self) -> str | None:
+        """The key that asks for bits and group sizes to be chosen, if one does."""
+        return next((key for key in ("average_bits", "target_size") if getattr(self, key) is not None), None)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether anything in it looks at calibration text."""
         takes = _TAKES[self.backend]
-        looking = ("target_shift", "compensate", "sweeps", "bias_correction", "smooth")
+        looking = ("target_shift", "compensate", "sweeps", "bias_correction", "smooth", "tune_steps")
         weighted = self.backend == "nf4" and self.scale_search == "weighted"
         return self.backend == "gptq" or weighted or any(getattr(self, key) for key in looking if key in takes)
 
     @property
     def follows_float(self) -> bool:
         """Whether the float model's own activations are needed as well."""
-        return bool(self.target_shift or self.bias_correction)
+        return bool(self.target_shift or self.bias_correction or self.rounding_steps or self.tune_steps)
 
     @property
     def holds_out(self) -> bool:
         """Whether samples are kept aside to choose by."""
-        return bool(self.target_shift == "auto")
+        return bool(self.target_shift == "auto" or self.rounding_steps or self.tune_steps)
 
 
 class HubDataset(_Section):
@@ -398,6 +483,11 @@ class Recipe(_Section):
         if not self.quantize.needs_calibration and self.calibration is not None:
             as_it_is = f" with quality {self.quantize.quality}" if backend in ("int8", "nf4") else ""
             raise _refused("calibration", f"found with backend {backend}, which looks at no text{as_it_is}; remove it")
+        if self.quantize.budget_key is not None and self.task != "causal-lm":
+            raise _refused(
+                "task",
+                f"found {self.task} beside quantize.{self.quantize.budget_key}; bits are chosen by what a causal-lm predicts",
+            )
         if self.evaluate is not None and self.task != "causal-lm":
             raise _refused("evaluate", f"found with task {self.task}; only causal-lm has a perplexity: remove it")
         inputs = {"model": self.model}
@@ -433,7 +523,8 @@ class LinearSettings:
         bits: per weight.
         group_size: input features that share a scale; -1 for the whole row. nf4: 64, of the flattened weight.
         symmetric: no zero points.
-        double_quant, damp, order, scale_search, smooth, target_shift, compensate, sweeps, bias_correction,
+        input_16bit: int8 weights, and an input that is not rounded.
+        double_quant, damp, order, scale_search, smooth, target_shift, compensate, sweeps, bias_correction, rounding_steps, tune_steps,
             qtype, on_failure: as in `QuantizeRecipe`; without effect where the backend does not take them.
     """
 
@@ -441,6 +532,7 @@ class LinearSettings:
     bits: int
     group_size: int
     symmetric: bool
+    input_16bit: bool
     double_quant: bool
     damp: float
     order: Order
@@ -450,6 +542,8 @@ class LinearSettings:
     compensate: bool
     sweeps: int
     bias_correction: bool
+    rounding_steps: int
+    tune_steps: int
     qtype: Qtype
     on_failure: OnFailure
 
@@ -472,13 +566,14 @@ def settings_for(quantize: QuantizeRecipe, name: str) -> LinearSettings | None:
         is_quanto_int4 = quantize.backend == "quanto" and quantize.qtype == "qint4"
         group_size = NF4_BLOCK if quantize.backend == "nf4" else _QUANTO_INT4_GROUP if is_quanto_int4 else -1
     settings: dict[str, Any] = {key: getattr(quantize, key) for key in LinearSettings.__dataclass_fields__}
+    settings["input_16bit"] = any(fnmatch.fnmatchcase(name, glob) for glob in quantize.input_16bit)
     return LinearSettings(**{**settings, "group_size": group_size, **changes})
 
 
 def unmatched_globs(quantize: QuantizeRecipe, names: Iterable[str]) -> list[str]:
-    """The globs of `skip` and `overrides` that match none of `names`: misspelt, or meant for another model."""
+    """The globs of `skip`, `input_16bit` and `overrides` that match none of `names`: misspelt, or meant for another model."""
     names = list(names)
-    globs = (*quantize.skip, *quantize.overrides)
+    globs = (*quantize.skip, *quantize.input_16bit, *quantize.overrides)
     return [glob for glob in globs if not any(fnmatch.fnmatchcase(name, glob) for name in names)]
 
 
@@ -490,7 +585,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """
     plain = recipe.model_dump(mode="json")
     takes = ("backend", *_TAKES[recipe.quantize.backend])
-    plain["quantize"] = {key: value for key, value in plain["quantize"].items() if key in takes}
+    unused = ("bits", "group_size") if recipe.quantize.budget_key is not None else ("average_bits", "target_size")
+    plain["quantize"] = {key: value for key, value in plain["quantize"].items() if key in takes and key not in unused}
     for glob, override in plain["quantize"].get("overrides", {}).items():
         plain["quantize"]["overrides"][glob] = {key: value for key, value in override.items() if value is not None}
     for key, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):

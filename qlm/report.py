@@ -49,6 +49,7 @@ class Row:
             "evaluate_seconds": round(self.evaluate_seconds, 2),
             "peak_memory_bytes": self.peak_memory,
             "resumed_blocks": self.result.resumed,
+            **({"choice": dict(self.result.choice)} if self.result.choice is not None else {}),
             "layers": dict(self.result.layers),
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
         }

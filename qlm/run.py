@@ -116,5 +116,9 @@ def run_recipe(
         )
     seconds = time.perf_counter() - start if evaluation is not None else 0.0
     section = recipe.quantize
-    backend = f"gptq {section.bits}-bit" if section.backend == "gptq" else section.backend
+    backend: str = section.backend
+    if section.backend == "gptq":
+        backend += (
+            f" {section.bits}-bit" if result.choice is None else f" mixed {result.choice['average_bits']:.2f}-bit"
+        )
     return Row(name, Path(recipe.model).name, backend, result, evaluation, quantize_seconds, seconds, peak)

@@ -35,16 +35,20 @@ class FoldedBlock:
     facts: dict[str, dict[str, Any]]
 
 
-def folds_of(spec: FamilySpec, config: Any, quantized: Collection[str]) -> tuple[Fold, ...]:
-    """The folds that hold with this config and touch no linear that stays in floating point.
+def folds_of(
+    spec: FamilySpec, config: Any, quantized: Collection[str], not_rounded: Collection[str] = ()
+) -> tuple[Fold, ...]:
+    """The folds that hold with this config, touch no linear that stays in floating point, and spare one its outliers.
 
     Args:
         quantized: paths inside the block of the linears that will be quantized to int8.
+        not_rounded: those of them whose inputs keep 16 bits: there outliers do no harm, which in the weights they would.
     """
     return tuple(
         fold
         for fold in spec.folds
         if all(getattr(config, name) == value for name, value in fold.when.items())
+        and not set(fold.linears) & set(not_rounded)
         and {*fold.linears, *(() if fold.through == "norm" else (fold.source,))} <= set(quantized)
     )
 
@@ -87,6 +91,7 @@ def fold_parameters(
     config: Any,
     inputs: Mapping[str, Tensor],
     quantized: Collection[str],
+    not_rounded: Collection[str] = (),
     *,
     dtype: torch.dtype = torch.float32,
     weight_share: float = COMPENSATED_SHARE,
@@ -96,7 +101,7 @@ def fold_parameters(
     Args:
         parameters: path inside the block of each parameter to its value, any float dtype, as the checkpoint holds it.
         inputs: path of each fold's first linear to a sample of its inputs [T, I] (`sampled_inputs`).
-        quantized: as for `folds_of`.
+        quantized, not_rounded: as for `folds_of`.
         dtype: that norms and biases will be stored in: scales and shifts are moved to where a norm's weight and bias, and a
             source's bias, are exact in it.
         weight_share: 1 where weights will be rounded to nearest, less where their errors will be compensated.
@@ -110,7 +115,7 @@ def fold_parameters(
         value = changed.get(name, parameters.get(name))
         return None if value is None else value.float()
 
-    for fold in folds_of(spec, config, quantized):
+    for fold in folds_of(spec, config, quantized, not_rounded):
         weights = {path: _required(read(f"{path}.weight")) for path in fold.linears}
         biases = {path: read(f"{path}.bias") for path in fold.linears}
         source_weight, source_bias = _required(read(f"{fold.source}.weight")), read(f"{fold.source}.bias")

@@ -6,9 +6,13 @@ target, `reference` as the float blocks do. Memory is these, one block (two with
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlm.arch import FamilySpec, LinearGroup
@@ -19,6 +23,8 @@ from qlm.numerics.gptq import add_gram_, finish_hessian_
 
 # Tokens that go through a block at once: large enough for full speed, small enough that activations stay below a block's size.
 BATCH_TOKENS = 4096
+# Windows in a step where something is learned by gradient.
+FEW = 4
 # One window in so many is kept aside where something is chosen by what was not fitted to.
 HELD_OUT = 8
 
@@ -38,34 +44,58 @@ class _Side:
 class _Sums:
     """What is summed up over the tokens of a linear's input; `finish` divides."""
 
-    def __init__(self, width: int, device: torch.device, crossed: bool) -> None:
+    def __init__(self, about_mean: bool) -> None:
         self.tokens = 0
-        self.hessian = torch.zeros(width, width, device=device)
-        self.mean = torch.zeros(width, device=device)
-        self.cross = torch.zeros_like(self.hessian) if crossed else None
-        self.target_mean = torch.zeros_like(self.mean) if crossed else None
+        self.about_mean = about_mean
 
-    def add(self, x: Tensor, target: Tensor | None) -> None:
-        """x, target [T, I]: the input in the quantized model, and in the float one."""
-        self.tokens += len(x)
-        add_gram_(self.hessian, x)
+    def add(self, x: Tensor, target: Tensor | None, lag: Tensor | None) -> None:
+        """x, target [T, I]: the input in the quantized model, and in the float one. lag fp32 [T, O]: as in `Statistics`."""
         x = x.float()
-        self.mean += x.sum(0)
-        if self.cross is not None and self.target_mean is not None and target is not None:
-            target = target.float()
-            self.cross.addmm_(target.T, x)
-            self.target_mean += target.sum(0)
+        target = None if target is None or lag is not None else target.float()
+        if not self.tokens:
+            # Small differences of large means would be lost in squares: these are of differences from the first tokens' means.
+            self.origin = x.mean(0).mul_(self.about_mean)
+            self.target_origin = None if target is None else target.mean(0).mul_(self.about_mean)
+            self.sum = torch.zeros_like(x[0])
+            self.hessian = x.new_zeros(x.shape[1], x.shape[1])
+            self.other_sum = (
+                None if target is None and lag is None else torch.zeros_like((x if lag is None else lag)[0])
+            )
+            self.product = None if self.other_sum is None else x.new_zeros(len(self.other_sum), x.shape[1])
+        self.tokens += len(x)
+        if self.about_mean:
+            x = x - self.origin
+        add_gram_(self.hessian, x)
+        self.sum += x.sum(0)
+        other = lag if target is None or self.target_origin is None else target - self.target_origin
+        if other is not None and self.product is not None and self.other_sum is not None:
+            self.product.addmm_(other.T, x)
+            self.other_sum += other.sum(0)
 
     def finish(self, held_out: Statistics | None) -> Statistics:
-        n = self.tokens
-        return Statistics(
-            finish_hessian_(self.hessian, n),
-            n,
-            mean=self.mean / n,
-            cross=None if self.cross is None else self.cross / n,
-            target_mean=None if self.target_mean is None else self.target_mean / n,
-            held_out=held_out,
-        )
+        mean = self.sum / self.tokens
+        hessian = finish_hessian_(self.hessian, self.tokens)
+        if self.about_mean:
+            hessian.addr_(mean, mean, alpha=-1).diagonal().clamp_(min=0)
+        mean = mean + self.origin
+        found = Statistics(hessian, self.tokens, mean, held_out=held_out)
+        if self.product is None or self.other_sum is None:
+            return found
+        other_mean, product = self.other_sum / self.tokens, self.product / self.tokens
+        if self.about_mean:
+            product.addr_(other_mean, mean - self.origin, alpha=-1)
+        if self.target_origin is None:
+            return replace(found, lag=product, mean_lag=other_mean)
+        return replace(found, cross=product, target_mean=other_mean + self.target_origin)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a group reads of one batch, x [samples, length, I], and, where its output is added to the residual stream, the sum:
+    fp32 [samples, length, O]."""
+
+    x: Tensor
+    sum: Tensor | None
 
 
 class Stream:
@@ -76,6 +106,8 @@ class Stream:
         reference: the same in the float model; None where nothing is compared with it.
         held_out: how many samples, the last ones, are kept aside for choices.
         arguments: what a block is called with beside its input, for each batch of `batch_size` samples.
+        few: samples in a step where something is learned by gradient; `arguments_for_few` are theirs.
+        first: the first token of each window that counts.
     """
 
     def __init__(
@@ -89,6 +121,7 @@ class Stream:
         reference: bool = False,
         held_out: bool = False,
         ignore_first: bool = False,
+        about_mean: bool = False,
     ) -> None:
         """Run the model up to its first block.
 
@@ -99,27 +132,33 @@ class Stream:
             reference: follow the float model too.
             held_out: keep an eighth of the samples aside, at least one if there are two.
             ignore_first: leave the first token of each window, an outlier in many models, out of the statistics.
+            about_mean: products are of differences from the means (`Statistics`).
         """
         self._spec = spec
-        self._first = 1 if ignore_first and windows.shape[1] > 1 else 0
+        self._about_mean = about_mean
+        first = spec.stages[0][0]
+        norm_comes_after = first.norm_if is not None and not getattr(model.config, first.norm_if)
+        self._norm_after_attention = first.norm if norm_comes_after else None
+        self.first = 1 if ignore_first and windows.shape[1] > 1 else 0
         self.batch_size = max(1, BATCH_TOKENS // windows.shape[1])
         self.held_out = min(len(windows) - 1, -(-len(windows) // HELD_OUT)) if held_out else 0
-        self.arguments: list[dict[str, Any]] = []
-        batches: list[Tensor] = []
+        calls: list[tuple[Tensor, dict[str, Any]]] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batches.append(args[0])
-            self.arguments.append(kwargs)
+            calls.append((args[0], kwargs))
             raise _Stop
 
         hook = model.get_submodule(first_block).register_forward_pre_hook(catch, with_kwargs=True)
+        self.few = min(FEW, len(windows))
         try:
-            for batch in windows.split(self.batch_size):
+            for batch in (*windows.split(self.batch_size), windows[: self.few]):
                 with suppress(_Stop), evaluation_mode(model):
                     model(input_ids=batch.to(device), use_cache=False)
         finally:
             hook.remove()
-        self._quantized = _Side(torch.cat(batches))
+        _, self.arguments_for_few = calls.pop()
+        self.arguments = [arguments for _, arguments in calls]
+        self._quantized = _Side(torch.cat([hidden for hidden, _ in calls]))
         self._float = _Side(self.hidden.clone()) if reference else None
 
     @property
@@ -136,71 +175,103 @@ class Stream:
         groups: Sequence[LinearGroup],
         path: str,
         float_block: nn.Module | None = None,
-        as_multiplied: Callable[[Tensor], Tensor] | None = None,
+        as_multiplied: Mapping[LinearGroup, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     ) -> Mapping[LinearGroup, Statistics]:
         """What `groups` read, from one pass through the block that ends when the last of them has been reached.
 
         Args:
             float_block: the block as it was before anything in it was quantized; with a reference only.
-            as_multiplied: what a linear makes of its input [..., I] before it multiplies it, if anything.
+            as_multiplied: what the linears of a group make of their input [..., I] before they multiply it, if anything.
         Raises:
-            DataError: an activation is NaN or infinite; names the layer.
+            DataError: an activation is NaN, infinite or too large to be squared; names the layer and the first such feature.
         """
         fitted: dict[LinearGroup, _Sums] = {}
         aside: dict[LinearGroup, _Sums] = {}
+        absmax: dict[LinearGroup, Tensor] = {}
         split = len(self.hidden) - self.held_out
         for index, first in enumerate(range(0, len(self.hidden), self.batch_size)):
-            inputs = self._inputs(block, self._quantized, index, groups)
-            targets = self._inputs(float_block, self._float, index, groups) if float_block and self._float else {}
-            for group, read in inputs.items():
-                x = read if as_multiplied is None else as_multiplied(read)
+            here = self._reads(block, self._quantized, index, groups)
+            there = self._reads(float_block, self._float, index, groups) if float_block and self._float else {}
+            for group, read in here.items():
+                rounded = as_multiplied.get(group)
+                x = read.x if rounded is None else rounded(read.x)
+                of_batch = self._rows(read.x).abs().amax(0)
+                absmax[group] = torch.maximum(absmax[group], of_batch) if group in absmax else of_batch
+                target = there.get(group)
+                lag = None
+                if target is not None and target.sum is not None and read.sum is not None:
+                    lag = target.sum - read.sum
+                    if rounded is not None:
+                        weight = cast(nn.Linear, block.get_submodule(group.linears[0])).weight
+                        lag += F.linear((read.x - x).float(), weight.float())
                 for sums, rows in (
                     (fitted, slice(0, max(0, split - first))),
                     (aside, slice(max(0, split - first), None)),
                 ):
                     if len(x[rows]):
-                        if group not in sums:
-                            sums[group] = _Sums(x.shape[-1], x.device, bool(targets))
-                        target = targets.get(group)
-                        sums[group].add(self._rows(x[rows]), None if target is None else self._rows(target[rows]))
+                        sums.setdefault(group, _Sums(self._about_mean)).add(
+                            self._rows(x[rows]),
+                            None if target is None else self._rows(target.x[rows]),
+                            None if lag is None else self._rows(lag[rows]),
+                        )
         found = {}
         for group in groups:
             kept = aside[group].finish(None) if group in aside else None
-            found[group] = fitted[group].finish(kept)
+            found[group] = replace(fitted[group].finish(kept), absmax=absmax[group].float())
             for of_group in (found[group], kept):
                 if of_group is not None:
                     _refuse_not_finite(of_group, f"{path}.{group.linears[0]}")
         return found
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x[:, self._first :].flatten(0, -2)
+        return x[:, self.first :].flatten(0, -2)
 
-    def _inputs(
+    def _reads(
         self, block: nn.Module, side: _Side, index: int, groups: Sequence[LinearGroup]
-    ) -> dict[LinearGroup, Tensor]:
-        """What each group reads of one batch: [samples, length, I]."""
-        found: dict[LinearGroup, Tensor] = {}
+    ) -> dict[LinearGroup, _Read]:
+        """What each group reads of one batch, and, if the float model is followed, what its output is added to."""
+        x: dict[LinearGroup, Tensor] = {}
+        sums: dict[LinearGroup, Tensor] = {}
         batch = side.hidden[index * self.batch_size : (index + 1) * self.batch_size]
+        residual = batch
+        of_linear = {linear: group for group in groups for linear in group.linears}
+        added = [self._spec.attention_out, self._spec.mlp_out] if self._float is not None else []
 
-        def hook_for(group: LinearGroup) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0]
-                if self._spec.attention_out in group.linears:
-                    side.attended[index] = x
-                # OPT flattens the tokens of a batch before its MLP.
-                found[group] = x.view(*batch.shape[:2], x.shape[-1])
-                if len(found) == len(groups):
-                    raise _Stop
+        def stop_if_done() -> None:
+            if len(x) == len(groups) and all(of_linear[linear] in sums for linear in added if linear in of_linear):
+                raise _Stop
 
-            return hook
+        def on_input(group: LinearGroup, module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._spec.attention_out in group.linears:
+                side.attended[index] = args[0]
+            # OPT flattens the tokens of a batch before its MLP.
+            x[group] = args[0].view(*batch.shape[:2], args[0].shape[-1])
+            stop_if_done()
 
-        hooks = [block.get_submodule(group.linears[0]).register_forward_pre_hook(hook_for(group)) for group in groups]
+        def on_sum(linear: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal residual
+            residual = residual.float() + output.view(batch.shape).float()
+            if linear in of_linear:
+                sums[of_linear[linear]] = residual
+                stop_if_done()
+
+        def on_norm(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal residual
+            residual = output.view(batch.shape)
+
+        hooks = [
+            block.get_submodule(group.linears[0]).register_forward_pre_hook(partial(on_input, group))
+            for group in groups
+        ]
+        hooks += [block.get_submodule(linear).register_forward_hook(partial(on_sum, linear)) for linear in added]
+        if added and self._norm_after_attention is not None:
+            hooks.append(block.get_submodule(self._norm_after_attention).register_forward_hook(on_norm))
         try:
             self._forward(block, side, index)
         finally:
             for handle in hooks:
                 handle.remove()
-        return found
+        return {group: _Read(read, sums.get(group)) for group, read in x.items()}
 
     def _forward(self, block: nn.Module, side: _Side, index: int) -> Tensor | None:
         """The block's output for one batch; None if a hook ended it.
@@ -217,6 +288,16 @@ class Stream:
         """Send the block's inputs through it, for hooks to see."""
         for index in range(len(self.arguments)):
             self._forward(block, self._quantized, index)
+
+    def targets(self, float_block: nn.Module) -> Tensor:
+        """What the float block makes of the reference, which stays as it is: shaped as `hidden`."""
+        assert self._float is not None
+        outputs = [self._forward(float_block, self._float, index) for index in range(len(self.arguments))]
+        return torch.cat([output for output in outputs if output is not None])
+
+    def forget_attention(self) -> None:
+        """What leads to the attention's last linear has changed after its turn came."""
+        self._quantized.attended.clear()
 
     def advance(self, block: nn.Module) -> None:
         """Replace the inputs of `block` by its outputs, in place."""
@@ -252,10 +333,19 @@ def _attention_from(block: nn.Module, spec: FamilySpec, kept: Tensor | None) -> 
 
 
 def _refuse_not_finite(statistics: Statistics, name: str) -> None:
-    # The diagonal is the sum of squares of each input feature: one NaN or infinity anywhere shows there.
-    wrong = int((~statistics.hessian.diagonal().isfinite()).sum())
-    if wrong:
+    # The diagonal is the sum of squares of each input feature: one NaN or infinity anywhere shows there. It may also be finite numbers
+    # whose squares are not: then the mean is.
+    bad, mean = ~statistics.hessian.diagonal().isfinite(), statistics.mean
+    what = "too large to be squared in fp32" if mean is not None and mean.isfinite().all() else "NaN or infinite"
+    of, where = "input features", ""
+    if not bool(bad.any()):
+        what, where = "NaN, infinite or too large to be squared in fp32", " in the float model or here"
+        if statistics.cross is not None and statistics.target_mean is not None:
+            bad = ~(statistics.target_mean + statistics.cross.sum(1)).isfinite()
+        elif statistics.lag is not None and statistics.mean_lag is not None:
+            of, bad = "outputs in the residual stream", ~(statistics.mean_lag + statistics.lag.sum(1)).isfinite()
+    if bool(bad.any()):
         raise DataError(
-            f"{name}: {wrong} of its {len(statistics.hessian)} input features are NaN or infinite on the "
-            "calibration text; the checkpoint or an earlier layer is damaged"
+            f"{name}: {int(bad.sum())} of its {len(bad)} {of} are {what} on the calibration text{where}, the first feature "
+            f"{int(bad.nonzero()[0])}; the checkpoint or an earlier layer is damaged"
         )

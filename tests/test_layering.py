@@ -18,12 +18,12 @@ ROWS = (
     {"cli"},
     {"run"},
     {"evaluate", "generate", "bench", "finetune", "plan", "report", "doctor", "shipped"},
-    {"quantize", "blocks", "smoothing", "stream", "calibrate", "load", "engine"},
+    {"quantize", "sensitivity", "blocks", "smoothing", "stream", "calibrate", "load", "engine"},
     {"tokenizer"},
     {"backends", "checkpoint"},
     {"kernels", "numerics"},
     {"formats"},
-    {"arch", "recipe", "strict_yaml", "memory", "errors"},
+    {"arch", "recipe", "strict_yaml", "figure", "memory", "errors"},
 )
 # Imports inside a row. `kernels` and `numerics` are not among them: each checks the other in tests.
 INSIDE_A_ROW = {
@@ -34,7 +34,12 @@ INSIDE_A_ROW = {
     ("blocks", "load"),
     ("quantize", "blocks"),
     ("quantize", "calibrate"),
+    ("quantize", "sensitivity"),
     ("quantize", "stream"),
+    ("sensitivity", "blocks"),
+    ("sensitivity", "calibrate"),
+    ("sensitivity", "load"),
+    ("sensitivity", "stream"),
     ("stream", "calibrate"),
     ("quantize", "load"),
     ("recipe", "arch"),

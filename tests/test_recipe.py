@@ -29,6 +29,7 @@ from qlm.recipe import (
     resolved,
     schema_table,
     settings_for,
+    size_in_bytes,
     unmatched_globs,
 )
 
@@ -281,8 +282,30 @@ def test_a_key_beats_its_quality():
 def test_resolved_reads_back_as_itself(backend):
     text = GPTQ if backend == "gptq" else INT8.replace("int8", backend)
     plain = resolved(parse_recipe(text, "r.yaml"))
-    assert set(plain["quantize"]) == {"backend", *_TAKES[backend]}
+    assert set(plain["quantize"]) == {"backend", *_TAKES[backend]} - {"average_bits", "target_size"}
     assert resolved(parse_recipe(json.dumps(plain), "r.json")) == plain
+
+
+@pytest.mark.parametrize("line", ["average_bits: 3.5", "target_size: 600MB", "target_size: 600"])
+def test_a_budget_takes_the_place_of_bits_and_group_size(line):
+    recipe = parse_recipe(gptq(line), "r.yaml")
+    key, _, value = line.partition(": ")
+    assert recipe.quantize.budget_key == key
+    plain = resolved(recipe)
+    assert str(plain["quantize"][key]) == value
+    assert not {"bits", "group_size"} & plain["quantize"].keys()
+    assert resolved(parse_recipe(json.dumps(plain), "r.json")) == plain
+    assert parse_recipe(GPTQ, "r.yaml").quantize.budget_key is None
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(600, 600), ("7B", 7), ("600MB", 600_000_000), ("600 MB", 600_000_000), ("1.5GB", 1_500_000_000), ("0.5kB", 500), ("2KB", 2000),
+     ("3MiB", 3 << 20), ("1.5GiB", 3 << 29), ("2KiB", 2048), ("1TB", 10**12), ("0.001TiB", 1_099_511_627)],
+)  # fmt: skip
+def test_size_in_bytes(size, expected):
+    section = quantize_section({"backend": "gptq", "target_size": size}, True)
+    assert size_in_bytes(section.target_size) == expected
 
 
 def test_hub_dataset():
@@ -327,7 +350,41 @@ INT8_TAKES = f"{', '.join(_TAKES['int8'][:-1])} and {_TAKES['int8'][-1]}"
 SECTION_KEYS = f"{', '.join(list(QuantizeRecipe.model_fields)[:-1])} and overrides"
 A_RECIPE = "allowed: a recipe, with model, quantize and output"
 
+A_SIZE = "allowed: bytes as a whole number, or a number with B, kB, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 600MB"
+
 REFUSED = {
+    # budgets
+    "two-budgets": (
+        gptq("average_bits: 3.5\n  target_size: 1GB"), "5:3: quantize.target_size: found beside average_bits, which says the "
+        "same in another way; remove one of the two",
+    ),
+    "budget-and-bits": (
+        gptq("average_bits: 3.5\n  bits: 3"), "5:3: quantize.bits: found beside average_bits, which chooses it for each linear; "
+        "remove one of the two, or name the linears in overrides",
+    ),
+    "budget-and-group-size": (
+        gptq("group_size: 128\n  target_size: 1GB"), "4:3: quantize.group_size: found beside target_size, which chooses it for each "
+        "linear; remove one of the two, or name the linears in overrides",
+    ),
+    "budget-and-task": (
+        gptq("average_bits: 3.5") + "task: base\n", "8:1: task: found base beside quantize.average_bits; bits are chosen by what a "
+        "causal-lm predicts",
+    ),
+    "budget-of-int8": (
+        INT8.replace("int8}", "int8, average_bits: 7.5}"), "2:27: quantize.average_bits: found with backend int8, which takes "
+        f"{INT8_TAKES}; remove it",
+    ),
+    "few-bits": (gptq("average_bits: 2"), "4:17: quantize.average_bits: found the number 2; allowed: a number above 2, at most 9 "
+        "or null"),
+    "unit-case": (gptq("target_size: 600mb"), f"4:16: quantize.target_size: found the text '600mb'; {A_SIZE}; did you mean 600MB?"),
+    "unit-unknown": (gptq("target_size: 6 stone"), f"4:16: quantize.target_size: found the text '6 stone'; {A_SIZE}"),
+    "unit-missing": (gptq("target_size: '600'"), f"4:16: quantize.target_size: found the text '600'; {A_SIZE}"),
+    "comma": (gptq("target_size: 1,5GB"), f"4:16: quantize.target_size: found the text '1,5GB'; {A_SIZE}"),
+    "size-nothing": (gptq("target_size: 0MB"), f"4:16: quantize.target_size: found the text '0MB'; {A_SIZE}"),
+    "size-fraction": (
+        gptq("target_size: 600.5"), "4:16: quantize.target_size: found the number 600.5; allowed: a text, a whole number from 1 to "
+        "1000000000000000 or null; put it in quotes if it is meant as text",
+    ),
     # keys
     "misspelt-root": (GPTQ + "outptu: x\n", f"7:1: outptu: unknown key; allowed: {ROOT_KEYS}; did you mean output?"),
     "capital": (GPTQ + "Revision: x\n", f"7:1: Revision: unknown key; allowed: {ROOT_KEYS}; did you mean revision?"),
@@ -715,7 +772,7 @@ def section(**keys) -> QuantizeRecipe:
 
 def test_settings_without_overrides():
     assert settings_for(section(), "decoder.layers.0.fc1") == LinearSettings(
-        backend="gptq", bits=4, group_size=128, symmetric=True, double_quant=False, damp=0.01, order="gar",
+        backend="gptq", bits=4, group_size=128, symmetric=True, input_16bit=False, double_quant=False, damp=0.01, order="gar",
         scale_search="weighted", smooth=False, target_shift="auto", compensate=False, sweeps=2, bias_correction=True,
         qtype="qint8", on_failure="error",
     )  # fmt: skip

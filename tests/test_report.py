@@ -26,7 +26,8 @@ def evaluation(**changes: Any) -> Evaluation:
 
 def row(model: str = "tiny", **changes: Any) -> Row:
     result: Any = SimpleNamespace(
-        output=Path("out/tiny"), bits_per_weight=4.5, bytes=2_000_000, bytes_before=8_000_000, resumed=0, layers={"a": {}}
+        output=Path("out/tiny"), bits_per_weight=4.5, bytes=2_000_000, bytes_before=8_000_000, resumed=0, layers={"a": {}},
+        choice=None,
     )  # fmt: skip
     values: dict[str, Any] = {
         "recipe": "r.yaml", "model": model, "backend": "nf4", "result": result, "evaluation": evaluation(),

@@ -200,6 +200,17 @@ class TestFoldsOf:
         ]  # fmt: skip
         assert folds_of(FAMILIES["opt"], model.config, ()) == ()
 
+    def test_linears_whose_inputs_are_not_rounded_keep_their_weights(self) -> None:
+        """What such a linear reads is left alone; what is made of its output is not."""
+        model, spec = tiny_models.opt(), FAMILIES["opt"]
+        kept = folds_of(spec, model.config, linears(model), ["fc2", "self_attn.v_proj"])
+        assert [fold.source for fold in kept] == ["self_attn.v_proj", "final_layer_norm"]
+        block = model.get_submodule("model.decoder.layers.0")
+        inputs = gather(model, block, tiny_models.token_ids(4, 48))
+        folded = fold_parameters(dict(block.named_parameters()), spec, model.config, inputs, linears(model), ["fc2"])
+        assert "fc2.weight" not in folded.parameters
+        assert "fc1" not in folded.facts
+
     @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
     def test_every_fold_names_all_that_reads_its_source(self, variant: str) -> None:
         """Whatever a source makes must reach the named linears and nothing else: zero them, and the source does not matter."""
@@ -281,5 +292,7 @@ class TestFoldParameters:
         block = model.get_submodule("model.decoder.layers.0")
         inputs = gather(model, block, tiny_models.token_ids(4, 48))
         inputs["fc2"][3, 4] = float("nan")
-        with pytest.raises(ValueError, match="fc2: an input"):
+        with pytest.raises(
+            ValueError, match=r"fc2: 1 of its 256 input features are NaN or infinite .* the first feature 4"
+        ):
             fold_block(block, FAMILIES["opt"], model.config, inputs, linears(model))

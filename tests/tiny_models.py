@@ -67,7 +67,12 @@ FAMILIES = ("opt", "neox-parallel-rotary-0.25", "bigcode-multi-query")
 def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The variant with random weights: matrices N(0, 0.08), LayerNorm weights around 1, biases N(0, 0.1)."""
     torch.manual_seed(seed)
-    model = VARIANTS[variant]().eval()
+    return randomized(VARIANTS[variant](), dtype)
+
+
+def randomized(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model with weights from torch's seed, as `build` says."""
+    model = model.eval()
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if (parameter.ndim == 1 and "norm" in name.lower()) or ".ln_" in name:

@@ -24,6 +24,7 @@ GPT_BIGCODE = FamilySpec(
         (LinearGroup(("mlp.c_proj",)),),
     ),
     fused_qkv="multi_query",
+    fused_linear="attn.c_attn",
     # Not c_fc into mlp.c_proj: GELU passes no scale.
     folds=(
         Fold("ln_1", ("attn.c_attn",), "norm"),
@@ -32,6 +33,7 @@ GPT_BIGCODE = FamilySpec(
     ),
     attention="attn",
     attention_out="attn.c_proj",
+    mlp_out="mlp.c_proj",
     embedding="wte",
     head="lm_head",
     published_head="lm_head",

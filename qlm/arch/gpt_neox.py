@@ -23,9 +23,10 @@ GPT_NEOX = FamilySpec(
     prefix="gpt_neox",
     blocks="layers",
     stages=((_QKV,), (_DENSE,), (_UP,), (_DOWN,)),
-    parallel_stages=((_QKV, _UP), (_DENSE, _DOWN)),
+    parallel_stages=((_QKV, _UP), (_DENSE,), (_DOWN,)),
     parallel_if="use_parallel_residual",
     fused_qkv="per_head",
+    fused_linear="attention.query_key_value",
     # Not dense_h_to_4h into dense_4h_to_h: GELU passes no scale.
     folds=(
         Fold("input_layernorm", _QKV.linears, "norm"),
@@ -34,6 +35,7 @@ GPT_NEOX = FamilySpec(
     ),
     attention="attention",
     attention_out="attention.dense",
+    mlp_out="mlp.dense_4h_to_h",
     embedding="embed_in",
     head="lm_head",
     published_head="embed_out",

@@ -48,6 +48,7 @@ OPT = FamilySpec(
     ),
     attention="self_attn",
     attention_out="self_attn.out_proj",
+    mlp_out="fc2",
     embedding="decoder.embed_tokens",
     head="lm_head",
     published_head="lm_head",

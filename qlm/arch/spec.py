@@ -56,15 +56,18 @@ class FamilySpec:
         prefix: attribute of the headed classes that holds the base model; the prefix of its tensors' names in files.
         blocks: path of the list of blocks, inside the base model.
         stages: the linears of a block in the order of the forward pass. The groups of one stage do not depend on each other,
-            so that one forward pass gathers the statistics of all of them; a stage depends on those before it.
+            so that one forward pass gathers the statistics of all of them; a stage depends on those before it, if only because it
+            makes up for what they have lost in the residual stream.
         parallel_stages: the same for a block with parallel residual, where the MLP does not wait for the attention.
         parallel_if: config field that says that `parallel_stages` hold.
         fused_qkv: how the fused projection's rows are laid out: None (three linears), "per_head" ([q|k|v] for each head in
             turn), or "multi_query" (all q heads, then one k, then one v; per head when the config says multi-head).
+        fused_linear: path of that projection inside a block (`arch.parts.fused_parts`).
         folds: the places of a block where scales and shifts of activations may go without a change to its output.
         head: the language-model head's name in memory; `published_head` is its name in files.
         head_tied: whether the head is the embedding when the config does not say.
         attention: path of the attention inside a block, which returns (output, weights); `attention_out` is its last linear.
+        mlp_out: path of the MLP's last linear. Its output and that of `attention_out` are added to the residual stream.
         embedding: path of the token embedding, inside the base model.
         position_offset: rows at the start of the position table that no position uses.
         bos_first: whether every text starts with the BOS token.
@@ -88,6 +91,7 @@ class FamilySpec:
     stages: tuple[tuple[LinearGroup, ...], ...]
     attention: str
     attention_out: str
+    mlp_out: str
     embedding: str
     head: str
     published_head: str
@@ -103,6 +107,7 @@ class FamilySpec:
     parallel_stages: tuple[tuple[LinearGroup, ...], ...] | None = None
     parallel_if: str | None = None
     fused_qkv: Literal["per_head", "multi_query"] | None = None
+    fused_linear: str | None = None
     folds: tuple[Fold, ...] = ()
     position_offset: int = 0
     bos_first: bool = False

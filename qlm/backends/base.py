@@ -5,15 +5,18 @@ keeps them, `module` runs on them. Between quantizing and loading nothing is con
 nothing of models, blocks or files; quantize.py and load.py do.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qlm.errors import DataError
 from qlm.formats.layout import TensorLayout
 from qlm.kernels import activations
+from qlm.numerics.affine import RowError
 from qlm.recipe import LinearSettings
 
 # A path in the model (as in memory) to how that linear is stored. Each backend has its own frozen dataclass for the how.
@@ -22,14 +25,21 @@ Scheme = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration says about the input that a group of linears shares, in the model as quantized so far.
+    """What calibration says about the input x that a group of linears shares, in the model as quantized so far.
+
+    Products of two are means over the calibration tokens, E[a b^T], or, where the biases will make up for the mean of every output,
+    E[(a - E[a]) (b - E[b])^T]: then what an error costs is its variance alone.
 
     Attributes:
-        hessian: fp32 [I, I], E[x x^T] over the calibration tokens.
+        hessian: fp32 [I, I], of x with itself.
         tokens: how many tokens that were.
         mean: fp32 [I], E[x].
-        cross: fp32 [I, I], E[x' x^T], x' the same input in the float model; None where that is not followed.
+        absmax: fp32 [I], max |x| before the linears do anything with it.
+        cross: fp32 [I, I], of x' with x, x' the same input in the float model; None where that is not followed, and where `lag` is.
         target_mean: fp32 [I], E[x'].
+        lag: fp32 [O, I], of s' - s with x, s the sum of the residual stream and the linear's output, and s' the same in the float
+            model; where the linear's output is added to the residual stream. It holds what all layers before have lost.
+        mean_lag: fp32 [O], E[s' - s].
         held_out: the same of samples that were kept aside.
     """
 
@@ -38,7 +48,22 @@ class Statistics:
     mean: Tensor | None = None
     cross: Tensor | None = None
     target_mean: Tensor | None = None
+    lag: Tensor | None = None
+    mean_lag: Tensor | None = None
+    absmax: Tensor | None = None
     held_out: "Statistics | None" = None
+
+    def lag_of(self, weight: Tensor) -> Tensor | None:
+        """What the outputs of linears [O, I] that multiply x lag behind the float model's, with x: fp32 [O, I]; None if unknown."""
+        if self.lag is not None or self.cross is None:
+            return self.lag
+        return weight.float() @ (self.cross - self.hessian)
+
+    def mean_lag_of(self, weight: Tensor) -> Tensor | None:
+        """Its mean: fp32 [O]."""
+        if self.mean_lag is not None or self.mean is None or self.target_mean is None:
+            return self.mean_lag
+        return weight.float() @ (self.target_mean - self.mean)
 
 
 @dataclass(frozen=True)
@@ -47,11 +72,15 @@ class QuantizedLinear:
 
     Attributes:
         bias_shift: fp32 [O], to be added to the linear's bias, if it has one.
+        loss, size: float64 [O], of each output e H e^T and w H w^T: e its weights' error, w what they were to come near to, H the
+            damped Hessian of the inputs, or 1 where no text was looked at. `relative_error` makes facts of them.
     """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     bias_shift: Tensor | None = None
+    loss: Tensor | None = None
+    size: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,8 @@ class Backend(Protocol):
 
     @property
     def as_multiplied(self) -> Callable[[Tensor], Tensor] | None:
-        """What its linears make of their input [..., I] before they multiply it, where that is part of the format."""
+        """What its linears make of their input [..., I] before they multiply it, where that is part of the format. Those with
+        `input_16bit` multiply it as it is."""
 
     def check(self, name: str, shape: tuple[int, int], settings: LinearSettings) -> None:
         """Refuse a linear [O, I] that the settings cannot hold. Raises UsageError with the linear's name."""
@@ -130,10 +160,53 @@ def only_format(scheme: Scheme, fact: str) -> Any:
     return values.pop()
 
 
-def relative_error(weight: Tensor, quantized: Tensor) -> float:
-    """|W - Q| / |W|, Frobenius norms; 0 for a weight of zeros."""
-    norm = weight.float().norm().item()
-    return (weight.float() - quantized).norm().item() / norm if norm > 0 else 0.0
+def relative_error(loss: Tensor, size: Tensor) -> float:
+    """sqrt(sum(loss) / sum(size)), both [O] as in `QuantizedLinear`; 0 for weights of size 0."""
+    whole = size.sum().item()
+    return float(math.sqrt(loss.sum().item() / whole)) if whole > 0 else 0.0
+
+
+def with_parts(quantized: QuantizedLinear, parts: Mapping[str, Sequence[range]]) -> QuantizedLinear:
+    """The same with the relative error of each part of its outputs among the facts, under "parts"; as it is where there are none."""
+    if not parts or quantized.loss is None or quantized.size is None:
+        return quantized
+    errors = {
+        part: relative_error(
+            *(torch.cat([x[r.start : r.stop] for r in rows]) for x in (quantized.loss, quantized.size))
+        )
+        for part, rows in parts.items()
+    }
+    return replace(
+        quantized, facts={**quantized.facts, "parts": {part: {"relative_error": e} for part, e in errors.items()}}
+    )
+
+
+def row_squares(x: Tensor) -> Tensor:
+    """Sum of squares of each row: float64 [O]. x [O, I], of any size that fp32 holds."""
+    # In parts, because all of x in float64 would be the largest thing in memory.
+    return torch.cat([part.double().square().sum(1) for part in x.split(256)])
+
+
+def refuse_not_finite(name: str, tensor: Tensor, blame: str = "the checkpoint is damaged") -> None:
+    """Raises DataError, with the tensor's name and the index of the first of them, for values that are NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        return
+    where = (~tensor.isfinite()).nonzero()
+    raise DataError(
+        f"{name}: {len(where)} of {tensor.numel()} values are NaN or infinite, the first at {where[0].tolist()}; {blame}"
+    )
+
+
+def refused(weights: Mapping[str, Tensor], error: ValueError) -> DataError:
+    """What a solver has refused, with the names of the linears whose weights [O, I] it had been given one below the other, or with
+    the one name and the output that it is about."""
+    if isinstance(error, RowError):
+        row = error.row
+        for name, weight in weights.items():
+            if row < len(weight):
+                return DataError(f"{name}.weight, row {row}: {error}")
+            row -= len(weight)
+    return DataError(f"{', '.join(weights)}: {error}")
 
 
 def apply_keeping_dtypes(module: nn.Module, fn: Any) -> nn.Module:

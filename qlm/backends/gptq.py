@@ -8,6 +8,8 @@ transformers ignores those silently, so a folder that has them says so in its ma
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from qlm.backends.base import (
     Statistics,
     TensorLayout,
     apply_keeping_dtypes,
+    refuse_not_finite,
+    refused,
+    relative_error,
 )
 from qlm.backends.target import bias_shift_of, target_of
 from qlm.errors import DataError, UsageError
@@ -29,18 +34,34 @@ from qlm.formats.gptq import GptqFormat, group_size_of
 from qlm.formats.layout import is_head
 from qlm.kernels.ops import dequantize_gptq, gptq_activations, gptq_linear
 from qlm.numerics.gptq import (
-    Factor,
     GptqResult,
     SingularHessian,
     factorize_in_order,
     gptq,
     keep_nearest_where_better,
+    row_losses,
     unit_factor,
-    weighted_norm,
 )
-from qlm.numerics.packing import encode_zero_points, pack_rows
+from qlm.numerics.packing import decode_zero_points, encode_zero_points, pack_rows, unpack_rows
 from qlm.numerics.refine import refine
+from qlm.numerics.rounding import Rounded
 from qlm.recipe import LinearSettings
+
+# OPT's linears that vLLM and SGLang fuse, and what they call the whole. Most of their releases look for that name alone in `dynamic`
+# (vLLM, `get_dynamic_override`); to GPTQModel and qlm it is a rule that matches nothing.
+FUSED, PARTS = "self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def with_fused(formats: Mapping[str, GptqFormat | None]) -> dict[str, GptqFormat | None]:
+    """The formats by path, None for floats, with one more after each q, k, v that are all alike: the fused linear's."""
+    found: dict[str, GptqFormat | None] = {}
+    for name, how in formats.items():
+        found[name] = how
+        block = name.removesuffix(PARTS[0])
+        parts = [f"{block}{part}" for part in PARTS]
+        if block != name and all(part in formats and formats[part] == how for part in parts):
+            found[f"{block}{FUSED}"] = how
+    return found
 
 
 class GptqLinear(nn.Module):
@@ -78,12 +99,6 @@ class GptqLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}"
 
 
-def _relative(result: GptqResult, weight: Tensor, factor: Factor) -> float:
-    """The error under the factor's damped Hessian over the weight's own size there."""
-    norm = weighted_norm(weight, factor)
-    return result.error / norm if norm > 0 else 0.0
-
-
 class GptqBackend:
     name = "gptq"
     as_multiplied = None
@@ -110,18 +125,17 @@ class GptqBackend:
         assert statistics is not None
         names = ", ".join(weights)
         for name, weight in weights.items():
-            if not bool(weight.isfinite().all()):
-                raise DataError(f"{name}.weight: a weight is NaN or infinite; the checkpoint is damaged")
+            refuse_not_finite(f"{name}.weight", weight)
         stacked = torch.cat([weight.float() for weight in weights.values()])
         try:
-            result, facts = self._solve(stacked, statistics, settings, names)
+            result, size, facts = self._solve(stacked, statistics, settings, names)
         except ValueError as error:
-            raise DataError(f"{names}: {error}") from None
+            raise refused(weights, error) from None
         rows = [len(weight) for weight in weights.values()]
         shift = bias_shift_of(stacked, result.dequantize(), statistics, settings)
         parts = zip(
-            result.codes.split(rows), result.scale.split(rows), result.zero_point.split(rows),
-            [None] * len(rows) if shift is None else shift.split(rows), strict=True,
+            result.codes.split(rows), result.scale.split(rows), result.zero_point.split(rows), result.loss.split(rows),
+            size.split(rows), [None] * len(rows) if shift is None else shift.split(rows), strict=True,
         )  # fmt: skip
         return [
             QuantizedLinear(
@@ -131,16 +145,19 @@ class GptqBackend:
                     "scales": scale.T.to(torch.float16).contiguous(),
                     "g_idx": result.g_idx.clone(),
                 },
-                dict(facts),
+                {**facts, "relative_error": relative_error(loss, size)},
                 bias_shift,
+                loss,
+                size,
             )
-            for codes, scale, zero_point, bias_shift in parts
+            for codes, scale, zero_point, loss, size, bias_shift in parts
         ]
 
     def _solve(
         self, weight: Tensor, statistics: Statistics, settings: LinearSettings, names: str
-    ) -> tuple[GptqResult, dict[str, Any]]:
-        """Target, GPTQ, refinement; or rounding to nearest where the Hessian cannot be used and the recipe allows it."""
+    ) -> tuple[GptqResult, Tensor, dict[str, Any]]:
+        """Target, GPTQ, refinement; or rounding to nearest where the Hessian cannot be used and the recipe allows it. The second is the
+        size of each row, float64 [O]."""
         group_size = group_size_of(settings, weight.shape[1])
         grid: dict[str, Any] = {
             "bits": settings.bits, "symmetric": settings.symmetric, "search": settings.scale_search == "weighted"
@@ -156,14 +173,8 @@ class GptqBackend:
                 ) from None
             factor = unit_factor(weight.shape[1], weight.device)
             result = gptq(weight, factor, group_size=group_size, **grid)
-            lost = _relative(result, weight, factor)
-            return result, {
-                "method": "round_to_nearest",
-                "why": str(error),
-                **facts,
-                "damp": 0.0,
-                "relative_error": lost,
-            }
+            size = row_losses(weight, factor)
+            return result, size, {"method": "round_to_nearest", "why": str(error), **facts, "damp": 0.0}
         target, strength = target_of(weight, statistics, settings, factor)
         result = gptq(target, factor, group_size=group_size, static=settings.order == "static", **grid)
         result = keep_nearest_where_better(target, factor, result, **grid)
@@ -173,10 +184,28 @@ class GptqBackend:
                 target, statistics.hessian, factor.damp, result.codes, result.scale, result.zero_point, result.g_idx,
                 settings.bits, settings.sweeps,
             )  # fmt: skip
-        return result, {
-            "method": "gptq", **facts, "damp": factor.damp, "relative_error": _relative(result, target, factor),
-            "target_shift": strength, "nearest_rows": nearest_rows,
+        return result, row_losses(target, factor), {
+            "method": "gptq", **facts, "damp": factor.damp, "target_shift": strength, "nearest_rows": nearest_rows
         }  # fmt: skip
+
+    def rounded(self, tensors: Mapping[str, Tensor], settings: LinearSettings) -> Rounded:
+        """What a linear's tensors hold, unpacked."""
+        return Rounded(
+            unpack_rows(tensors["qweight"], settings.bits).T,
+            tensors["scales"].float().T,
+            decode_zero_points(tensors["qzeros"], settings.bits).T,
+            tensors["g_idx"],
+            settings.bits,
+        )
+
+    def with_codes(self, linear: QuantizedLinear, codes: Tensor, settings: LinearSettings) -> QuantizedLinear:
+        """The linear with other codes, uint8 [O, I]; the share of those that have changed is on record."""
+        before = unpack_rows(linear.tensors["qweight"], settings.bits).T
+        return replace(
+            linear,
+            tensors={**linear.tensors, "qweight": pack_rows(codes.T, settings.bits)},
+            facts={**linear.facts, "codes_learned": (codes != before).float().mean().item()},
+        )
 
     def format(self, settings: LinearSettings, dtype: torch.dtype) -> GptqFormat:
         return GptqFormat(
@@ -206,14 +235,14 @@ class GptqBackend:
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
         common = Counter(scheme.values()).most_common(1)[0][0]
         dynamic: dict[str, dict[str, Any]] = {}
-        for name, how in scheme.items():
-            if how != common:
+        everything: dict[str, GptqFormat | None] = {**scheme, **dict.fromkeys(filterfalse(is_head, left_out))}
+        for name, how in with_fused(everything).items():
+            if how is None:
+                dynamic[f"-:^{re.escape(name)}$"] = {}
+            elif how != common:
                 dynamic[f"+:^{re.escape(name)}$"] = {
                     "bits": how.bits, "group_size": how.group_size, "sym": how.symmetric, "desc_act": how.desc_act
                 }  # fmt: skip
-        for name in left_out:
-            if not is_head(name):
-                dynamic[f"-:^{re.escape(name)}$"] = {}
         config: dict[str, Any] = {
             "quant_method": "gptq", "method": "gptq", "format": "gptq", "checkpoint_format": "gptq", "bits": common.bits,
             "group_size": common.group_size, "desc_act": common.desc_act, "sym": common.symmetric, "lm_head": False,

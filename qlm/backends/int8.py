@@ -1,6 +1,7 @@
 """Dynamic int8: weights int8 per output channel, activations quantized per token while running.
 
 Stored as compressed-tensors `int-quantized` (transformers and vLLM read it): `weight` int8 [O, I], `weight_scale` fp32 [O, 1].
+Linears with `input_16bit` take their input as it is; transformers reads those too, vLLM does not.
 Activations are asymmetric (LLM.int8(), arXiv:2208.07339, table 1: 25.72 perplexity against 35.84 with symmetric ones on a 125M
 model).
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qlm.backends.base import (
     Description,
@@ -19,7 +21,10 @@ from qlm.backends.base import (
     TensorLayout,
     apply_keeping_dtypes,
     only_format,
+    refuse_not_finite,
+    refused,
     relative_error,
+    row_squares,
 )
 from qlm.backends.target import bias_shift_of, target_of
 from qlm.errors import DataError
@@ -29,13 +34,16 @@ from qlm.formats.int8 import Int8Format
 from qlm.kernels import activations
 from qlm.kernels.ops import int8_linear, int8_row_sum
 from qlm.numerics.affine import quantize_weight_per_channel_absmax
-from qlm.numerics.gptq import SingularHessian, factorize
-from qlm.numerics.int8 import quantize_int8_under, round_per_token
+from qlm.numerics.gptq import SingularHessian, factorize, row_losses
+from qlm.numerics.int8 import outliers, quantize_int8_under, round_per_token
 from qlm.recipe import LinearSettings
+
+# Outliers of a linear's input that are on record by their numbers; how many there are is as well.
+MOST_OUTLIERS = 32
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with int8 weights and activations.
+    """y = x W^T + b with int8 weights and activations, or with activations as they are (`float_input`).
 
     Buffers: weight int8 [O, I]; weight_scale fp32 [O, 1]; row_sum int32 [O], derived and not saved.
     """
@@ -44,10 +52,17 @@ class Int8Linear(nn.Module):
     weight_scale: Tensor
     row_sum: Tensor
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, symmetric_input: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        symmetric_input: bool,
+        float_input: bool = False,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.symmetric_input = symmetric_input
+        self.symmetric_input, self.float_input = symmetric_input, float_input
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("row_sum", int8_row_sum(weight), persistent=False)
@@ -57,14 +72,32 @@ class Int8Linear(nn.Module):
         return apply_keeping_dtypes(self, fn)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.float_input:
+            return F.linear(x, (self.weight * self.weight_scale).to(x.dtype), self.bias)
         return int8_linear(x, self.weight, self.weight_scale, self.row_sum, self.bias, self.symmetric_input)
 
     def activation_format(self) -> str:
         """What a forward pass does with activations: part of the format."""
-        return activations.PER_TOKEN
+        return activations.FLOAT if self.float_input else activations.PER_TOKEN
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        of_input = ", float_input=True" if self.float_input else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{of_input}"
+        )
+
+
+def _about_input(statistics: Statistics | None, settings: LinearSettings) -> dict[str, Any]:
+    """Facts: what becomes of the input, and which of its features are outliers, the largest first."""
+    facts: dict[str, Any] = {"activations": activations.FLOAT if settings.input_16bit else activations.PER_TOKEN}
+    if statistics is not None and statistics.absmax is not None:
+        ratio, features = outliers(statistics.absmax)
+        facts |= {
+            "largest_over_median_input": ratio,
+            "outlier_inputs": len(features),
+            "outliers": features[:MOST_OUTLIERS],
+        }
+    return facts
 
 
 class Int8Backend:
@@ -78,10 +111,9 @@ class Int8Backend:
         self, weights: Mapping[str, Tensor], statistics: Statistics | None, settings: LinearSettings
     ) -> list[QuantizedLinear]:
         for name, weight in weights.items():
-            if not bool(weight.isfinite().all()):
-                raise DataError(f"{name}.weight: a weight is NaN or infinite; the checkpoint is damaged")
+            refuse_not_finite(f"{name}.weight", weight)
         if statistics is None:
-            return [self._plain(weight) for weight in weights.values()]
+            return [self._plain(weight, **_about_input(None, settings)) for weight in weights.values()]
         names = ", ".join(weights)
         stacked = torch.cat([weight.float() for weight in weights.values()])
         hessian = statistics.hessian
@@ -98,24 +130,28 @@ class Int8Backend:
                     f"{names}: the Hessian of the calibration text cannot be used: {error}; use more or other text, "
                     "or accept rounding to nearest for such layers with quantize.on_failure: round_to_nearest"
                 ) from None
-            return [self._plain(weight, why=str(error)) for weight in weights.values()]
+            facts = {"why": str(error), **_about_input(statistics, settings)}
+            return [self._plain(weight, **facts) for weight in weights.values()]
         except ValueError as error:
-            raise DataError(f"{names}: {error}") from None
+            raise refused(weights, error) from None
+        loss, size = row_losses(target - result.codes * result.scale, factor), row_losses(target, factor)
         shift = bias_shift_of(stacked, result.codes * result.scale, statistics, settings)
         facts = {
             "method": "compensated" if settings.compensate else "absmax", "bits": 8, "damp": result.damp,
             "tokens": statistics.tokens, "target_shift": strength, "plain_rows": result.plain_rows,
+            **_about_input(statistics, settings),
         }  # fmt: skip
         quantized, start = [], 0
         for weight in weights.values():
             rows = slice(start, start + len(weight))
             codes, scale = result.codes[rows].contiguous(), result.scale[rows].contiguous()
-            lost = relative_error(weight, codes * scale)
             quantized.append(
                 QuantizedLinear(
                     {"weight": codes, "weight_scale": scale},
-                    {**facts, "relative_error": lost},
+                    {**facts, "relative_error": relative_error(loss[rows], size[rows])},
                     None if shift is None else shift[rows],
+                    loss[rows],
+                    size[rows],
                 )
             )
             start += len(weight)
@@ -123,13 +159,16 @@ class Int8Backend:
 
     def _plain(self, weight: Tensor, **facts: Any) -> QuantizedLinear:
         codes, scale = quantize_weight_per_channel_absmax(weight)
-        lost = relative_error(weight, codes * scale)
+        loss, size = row_squares(weight - codes * scale), row_squares(weight)
         return QuantizedLinear(
-            {"weight": codes, "weight_scale": scale}, {"method": "absmax", **facts, "bits": 8, "relative_error": lost}
+            {"weight": codes, "weight_scale": scale},
+            {"method": "absmax", **facts, "bits": 8, "relative_error": relative_error(loss, size)},
+            loss=loss,
+            size=size,
         )
 
     def format(self, settings: LinearSettings, dtype: torch.dtype) -> Int8Format:
-        return Int8Format()
+        return Int8Format(float_input=settings.input_16bit)
 
     def layout(self, shape: tuple[int, int], format: Int8Format) -> dict[str, TensorLayout]:
         return int8.layout(shape, format)
@@ -146,19 +185,25 @@ class Int8Backend:
         dtype: torch.dtype,
     ) -> nn.Module:
         scale = tensors["weight_scale"].float()
-        return Int8Linear(tensors["weight"], scale, None if bias is None else bias.to(dtype), format.symmetric_input)
+        bias = None if bias is None else bias.to(dtype)
+        return Int8Linear(tensors["weight"], scale, bias, format.symmetric_input, format.float_input)
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
-        weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
-        inputs = {
-            "num_bits": 8, "type": "int", "strategy": "token", "dynamic": True,
-            "symmetric": only_format(scheme, "symmetric_input"),
-        }  # fmt: skip
+        rounded = {name: how for name, how in scheme.items() if not how.float_input}
+        as_it_is = [name for name in scheme if name not in rounded]
+        groups: list[dict[str, Any]] = []
+        if rounded:
+            inputs = {**int8.INPUTS, "symmetric": only_format(rounded, "symmetric_input")}
+            groups.append({"targets": ["Linear"], "weights": int8.WEIGHTS, "input_activations": inputs})
+        if as_it_is:
+            # Without the format of its own compressed-tensors would look for packed weights. A name goes before a class.
+            targets = as_it_is if rounded else ["Linear"]
+            groups.append({"targets": targets, "weights": int8.WEIGHTS, "format": int8.FORMAT})
         config = {
             "quant_method": "compressed-tensors",
-            "format": "int-quantized",
+            "format": int8.FORMAT,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+            "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "ignore": list(left_out),
         }
         return Description(config, {})

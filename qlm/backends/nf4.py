@@ -18,7 +18,10 @@ from qlm.backends.base import (
     Statistics,
     TensorLayout,
     only_format,
+    refuse_not_finite,
+    refused,
     relative_error,
+    row_squares,
 )
 from qlm.backends.nf4_linear import make_nf4_linear
 from qlm.backends.target import bias_shift_of, target_of
@@ -26,7 +29,7 @@ from qlm.errors import DataError, UsageError
 from qlm.formats import nf4
 from qlm.formats.dtypes import TORCH_NAMES, dtype_name
 from qlm.formats.nf4 import BLOCK, NESTED_BLOCK, STATE, Nf4Format
-from qlm.numerics.gptq import SingularHessian, factorize
+from qlm.numerics.gptq import SingularHessian, factorize, row_losses
 from qlm.numerics.nf4 import (
     codebook,
     dequantize_nf4,
@@ -85,8 +88,7 @@ class Nf4Backend:
         self, weights: Mapping[str, Tensor], statistics: Statistics | None, settings: LinearSettings
     ) -> list[QuantizedLinear]:
         for name, weight in weights.items():
-            if not bool(weight.isfinite().all()):
-                raise DataError(f"{name}.weight: a weight is NaN or infinite; the checkpoint is damaged")
+            refuse_not_finite(f"{name}.weight", weight)
         names = ", ".join(weights)
         stacked = torch.cat([weight.float() for weight in weights.values()])
         hessian, factor, target = None, None, stacked
@@ -108,7 +110,7 @@ class Nf4Backend:
         if settings.compensate and factor is not None:
             facts["method"] = "compensated"
         quantized, rows = [], [len(weight) for weight in weights.values()]
-        for weight, part in zip(weights.values(), target.split(rows), strict=True):
+        for (name, weight), part in zip(weights.items(), target.split(rows), strict=True):
             try:
                 result = quantize_nf4_under(
                     part, hessian, factor,
@@ -118,13 +120,16 @@ class Nf4Backend:
                     double_quant=settings.double_quant,
                 )  # fmt: skip
             except ValueError as error:
-                raise DataError(f"{names}: {error}") from None
+                raise refused({name: weight}, error) from None
             tensors = _stored(result, weight)
             found = self.dequantize(tensors, (weight.shape[0], weight.shape[1]), self.format(settings, weight.dtype))
             shift = bias_shift_of(weight, found, statistics, settings)
-            quantized.append(
-                QuantizedLinear(tensors, {**facts, "relative_error": relative_error(weight, found)}, shift)
-            )
+            if factor is not None:
+                loss, size = row_losses(part - found, factor), row_losses(part, factor)
+            else:
+                loss, size = row_squares(part - found), row_squares(part)
+            own = {**facts, "relative_error": relative_error(loss, size)}
+            quantized.append(QuantizedLinear(tensors, own, shift, loss, size))
         return quantized
 
     def format(self, settings: LinearSettings, dtype: torch.dtype) -> Nf4Format:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlm.backends.base import Description, QuantizedLinear, Scheme, Statistics, TensorLayout, relative_error
+from qlm.backends.base import (
+    Description,
+    QuantizedLinear,
+    Scheme,
+    Statistics,
+    TensorLayout,
+    refuse_not_finite,
+    relative_error,
+    row_squares,
+)
 from qlm.errors import DataError, Unavailable
 from qlm.formats import QUANTO_MAP
 from qlm.formats.dtypes import FLOATS, dtype_name
@@ -63,13 +72,13 @@ class QuantoBackend:
     ) -> list[QuantizedLinear]:
         quantized = []
         for name, weight in weights.items():
-            if not bool(weight.isfinite().all()):
-                raise DataError(f"{name}.weight: a weight is NaN or infinite; the checkpoint is damaged")
+            refuse_not_finite(f"{name}.weight", weight)
             module = _empty((weight.shape[0], weight.shape[1]), False, settings.qtype, weight.dtype)
             module.weight = nn.Parameter(weight, requires_grad=False)
             module.freeze()
             tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
-            error = relative_error(weight, module.weight.dequantize().float())
+            loss, size = row_squares(weight - module.weight.dequantize().float()), row_squares(weight)
+            error = relative_error(loss, size)
             if not math.isfinite(error):
                 # quanto divides a row of zeros by its scale of zero; in 8-bit floats the result stays NaN.
                 raise DataError(
@@ -77,7 +86,7 @@ class QuantoBackend:
                     "too small or large ones); leave the layer out with quantize.skip"
                 )
             facts = {"method": settings.qtype, "bits": QTYPES[settings.qtype], "relative_error": error}
-            quantized.append(QuantizedLinear(tensors, facts))
+            quantized.append(QuantizedLinear(tensors, facts, loss=loss, size=size))
         return quantized
 
     def format(self, settings: LinearSettings, dtype: torch.dtype) -> QuantoFormat:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from qlm.backends.base import Statistics
 from qlm.numerics.gptq import Factor
-from qlm.numerics.refine import bias_shift, choose_strength, shift_target
+from qlm.numerics.refine import choose_strength, full_shift
 from qlm.recipe import LinearSettings
 
 
@@ -17,23 +17,29 @@ def target_of(weight: Tensor, statistics: Statistics, settings: LinearSettings, 
         weight: [O, I], any float dtype.
         factor: of the Hessian in `statistics`.
     """
-    strength = settings.target_shift
-    if statistics.cross is None or strength == 0:
-        return weight.float(), 0.0
-    if strength != "auto":
-        return shift_target(weight, statistics.hessian, statistics.cross, factor.damp, strength, factor), strength
-    aside = statistics.held_out
-    if aside is None or aside.cross is None:
-        return weight.float(), 0.0
-    shifted = shift_target(weight, statistics.hessian, statistics.cross, factor.damp, 1.0, factor)
-    strength = choose_strength(weight, shifted, aside.hessian, aside.cross)
-    return weight.float().lerp(shifted, strength), strength
+    weight, strength = weight.float(), settings.target_shift
+    aside, lag = statistics.held_out, statistics.lag_of(weight)
+    if lag is None or strength == 0:
+        return weight, 0.0
+    shift = full_shift(lag, factor)
+    if strength == "auto":
+        lag_aside = None if aside is None else aside.lag_of(weight)
+        if aside is None or lag_aside is None:
+            return weight, 0.0
+        strength = choose_strength(shift, aside.hessian, lag_aside)
+    return weight.add(shift, alpha=strength), strength
 
 
 def bias_shift_of(
     weight: Tensor, quantized: Tensor, statistics: Statistics | None, settings: LinearSettings
 ) -> Tensor | None:
-    """What to add to the bias, fp32 [O], or None where nothing is known or wanted. weight, quantized [O, I]."""
-    if statistics is None or not settings.bias_correction or statistics.mean is None or statistics.target_mean is None:
+    """What the mean of each output has lost, to be added to the bias: fp32 [O]; None where nothing is known or wanted.
+
+    W mu' - Q mu, mu and mu' the means of the inputs in the quantized and in the float model; for an output that is added to the
+    residual stream, what that stream has lost as well. weight, quantized [O, I].
+    """
+    mean_lag = None if statistics is None else statistics.mean_lag_of(weight)
+    if statistics is None or statistics.mean is None or mean_lag is None or not settings.bias_correction:
         return None
-    return bias_shift(weight, quantized, statistics.mean, statistics.target_mean)
+    # In this order: products with each mean alone would lose their difference.
+    return (weight.float() - quantized) @ statistics.mean + mean_lag

@@ -22,6 +22,8 @@ __all__ = ["NAME", "build", "input_facts", "read", "sha256_file", "verify"]
 
 NAME = MARKER
 FORMAT = 1
+# There where bits were chosen by a budget.
+_CHOICE = "choice"
 _KEYS = frozenset(
     {
         "format",
@@ -52,6 +54,7 @@ def build(
     layers: Mapping[str, Any],
     bos: Any,
     config: Mapping[str, Any],
+    choice: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as JSON values; write it with `PartialFolder.write_json(manifest.NAME, ...)`, keys sorted.
 
@@ -65,6 +68,7 @@ def build(
         layers: {linear: facts}: method used, bits, damp used, relative error.
         bos: the BOS rule that calibration and evaluation followed.
         config: key values of the model's config.
+        choice: where bits were chosen by a budget, what is known of that.
     """
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -78,6 +82,7 @@ def build(
         "layers": dict(layers),
         "bos": bos,
         "config": dict(config),
+        **({_CHOICE: dict(choice)} if choice is not None else {}),
     }
     return {**content, "checksum": _checksum(content)}
 
@@ -146,7 +151,11 @@ def _read(folder: ModelFolder) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise DataError(f"{source}: format is {manifest.get('format')!r}; this version of qlm reads format {FORMAT}")
     content = {key: value for key, value in manifest.items() if key != "checksum"}
-    if manifest.keys() != _KEYS or manifest["checksum"] != _checksum(content) or strict_json.dumps(manifest) != data:
+    if (
+        manifest.keys() - {_CHOICE} != _KEYS
+        or manifest["checksum"] != _checksum(content)
+        or strict_json.dumps(manifest) != data
+    ):
         raise DataError(f"{source}: changed: its content does not agree with its checksum")
     if not isinstance(manifest["outputs"], dict) or not all(
         is_plain_name(name) and isinstance(facts, dict) and facts.keys() == {"bytes", "sha256"}

@@ -2,7 +2,7 @@
 
 `Weights.open` checks the checkpoint (checkpoint/causal_lm.py), maps its files and fills in `qlm_model` (kernels/cpu/abi.h).
 Memory of its own have only what the kernels want in another form: biases and norms as float32, row sums of int8 weights,
-decoded zero points and arranged words of GPTQ weights, and a head that is held in int8. Everything else
+decoded zero points and arranged words of GPTQ weights, int8 weights whose inputs are not rounded, and a head that is held in int8. Everything else
 is read from the page cache where it lies.
 
 No torch and no transformers here. What the kernels cannot run is refused, with the way out (`--runtime transformers`).
@@ -142,7 +142,7 @@ def _activations(opened: OpenedCheckpoint, path: str) -> str:
     """What the kernels do with the input of a quantized linear."""
     how = opened.formats[path]
     if opened.backend == "int8":
-        return activations.PER_TOKEN
+        return activations.FLOAT if how.float_input else activations.PER_TOKEN
     if opened.backend == "nf4":
         return activations.in_groups(activations.NF4_GROUP)
     group_size = opened.linears[path][1] if how.group_size == -1 else how.group_size
@@ -312,6 +312,14 @@ def _fill_float(b: _Builder, linear: cpu.Linear, mapped: Mapping[str, MappedTens
 
 def _fill_int8(b: _Builder, linear: cpu.Linear, mapped: Mapping[str, MappedTensor], path: str) -> int:
     weight, rows = mapped["weight"], linear.out_features
+    if b.opened.formats[path].float_input:
+        # No kernel multiplies int8 with floats: such a linear is held as the floats that it stands for, in memory of its own.
+        scale = _finite(to_float32(mapped["weight_scale"].array, mapped["weight_scale"].dtype), "weight_scale")
+        floats = weight.array.astype(np.float32)
+        floats *= scale.reshape(rows, 1)
+        b.forget_pages(weight.address, weight.nbytes)
+        linear.format, linear.weight, linear.weight_dtype = cpu.FLOAT, b.address(floats), cpu.F32
+        return floats.nbytes
     linear.format, linear.weight = cpu.INT8, weight.address
     linear.symmetric_input = int(b.opened.formats[path].symmetric_input)
     sums = np.empty(rows, np.int32)

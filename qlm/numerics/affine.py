@@ -21,16 +21,26 @@ SMALLEST_FP16 = 2.0**-24
 LARGEST_FP16 = 65504.0
 
 
+class RowError(ValueError):
+    """Weights that cannot be quantized. Attributes: row, the first of the matrix that is to blame."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 def round_to_fp16(scale: Tensor) -> Tensor:
     """The nearest fp16 values, in fp32; a zero becomes 1 (its group is all zeros), and no other value underflows to zero.
 
+    Args:
+        scale: fp32 [O].
     Raises:
-        ValueError: a scale is too large for fp16 or is not finite.
+        RowError: a scale is too large for fp16 or is not finite.
     """
-    if not bool((scale.abs() <= LARGEST_FP16).all()):
-        raise ValueError(
-            f"a scale of {scale.abs().max().item():.6g} does not fit into fp16 (largest: {LARGEST_FP16:.0f})"
-        )
+    fits = scale.abs() <= LARGEST_FP16
+    if not bool(fits.all()):
+        row = int(fits.logical_not().nonzero()[0])
+        raise RowError(f"a scale of {scale[row].item():.6g} does not fit into fp16 (largest: {LARGEST_FP16:.0f})", row)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     rounded = scale.to(torch.float16).to(torch.float32)
     return torch.where(rounded == 0, torch.copysign(torch.full_like(scale, SMALLEST_FP16), scale), rounded)

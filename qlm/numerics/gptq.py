@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qlm.numerics.affine import minmax_grid, search_grid
+from qlm.numerics.affine import RowError, minmax_grid, search_grid
 
 # Columns that are rounded before one product repairs those after them; below this the product's own overhead is the larger.
 LEAF = 16
@@ -333,7 +333,10 @@ def gptq(
 
     loss = _column_squares(A) * largest**2
     if not bool(loss.isfinite().all()):
-        raise ValueError("the repaired weights are NaN or infinite: the weights or the Hessian are too large for fp32")
+        raise RowError(
+            "the repaired weights are NaN or infinite: the weights or the Hessian are too large for fp32",
+            int(loss.isfinite().logical_not().nonzero()[0]),
+        )
 
     # Back to the inputs' own order, and, where groups are contiguous there, the groups to theirs.
     codes, g_idx = torch.empty_like(Q), torch.empty_like(groups)
@@ -439,8 +442,9 @@ def keep_nearest_where_better(
 
 
 def _column_squares(W: Tensor) -> Tensor:
-    """Sums of squares of each column, float64 [O], without a float64 copy of W [I, O]."""
-    return torch.stack([part.square().sum(0, dtype=torch.float64) for part in W.split(TRIANGLE_CHUNK)]).sum(0)
+    """Sums of squares of each column, float64 [O], without a float64 copy of W [I, O]. Squares of weights of 1e-30 exist in float64
+    only."""
+    return torch.stack([part.double().square_().sum(0) for part in W.split(TRIANGLE_CHUNK)]).sum(0)
 
 
 def _losses(E: Tensor, factor: Factor) -> Tensor:
@@ -450,7 +454,7 @@ def _losses(E: Tensor, factor: Factor) -> Tensor:
     loss = torch.zeros(E.shape[1], dtype=torch.float64, device=E.device)
     for start in range(0, len(R), TRIANGLE_CHUNK):
         stop = start + TRIANGLE_CHUNK
-        loss += (R[:stop, start:stop].T @ E[:stop]).div_(largest).square_().sum(0, dtype=torch.float64)
+        loss += (R[:stop, start:stop].T @ E[:stop]).div_(largest).double().square_().sum(0)
     return loss * largest.double().square()
 
 

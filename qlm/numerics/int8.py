@@ -180,17 +180,8 @@ def round_per_token(x: Tensor, symmetric: bool = False) -> Tensor:
     return (x / scale).add_(zero_point).round_().clamp_(-128, 127).sub_(zero_point).mul_(scale)
 
 
-def bias_shift(weight: Tensor, quantized: Tensor, target_mean: Tensor, mean: Tensor) -> Tensor:
-    """What to add to the bias so that the mean of the outputs is the float layer's: W mu - Q mu_q, fp32 [O].
-
-    Args:
-        weight, quantized: [O, I]. target_mean: [I], of the inputs in the float model. mean: [I], of those that are multiplied.
-    """
-    return weight.float() @ target_mean.float() - quantized.float() @ mean.float()
-
-
-def outliers(absmax: Tensor, ratio: float = OUTLIER_RATIO) -> tuple[float, int]:
-    """How far the largest input feature stands out of the median one, and how many do by more than `ratio`.
+def outliers(absmax: Tensor, ratio: float = OUTLIER_RATIO) -> tuple[float, list[int]]:
+    """How far the largest input feature stands out of the median one, and those that do by more than `ratio`, the largest first.
 
     A token's grid spans its largest feature: with one 20 times the median, the others have 13 of the 256 steps.
 
@@ -199,9 +190,10 @@ def outliers(absmax: Tensor, ratio: float = OUTLIER_RATIO) -> tuple[float, int]:
     """
     alive = absmax[absmax > 0]
     if not len(alive):
-        return 1.0, 0
-    over = alive.float() / alive.float().median()
-    return over.max().item(), int((over > ratio).sum())
+        return 1.0, []
+    over = absmax.float() / alive.float().median()
+    found = (over > ratio).nonzero()[:, 0]
+    return over.max().item(), found[over[found].argsort(descending=True, stable=True)].tolist()
 
 
 def _round(codes: Tensor) -> Tensor:

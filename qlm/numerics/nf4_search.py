@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlm.numerics.affine import RowError
 from qlm.numerics.gptq import Factor
 from qlm.numerics.nf4 import (
     BLOCK,
@@ -115,8 +116,9 @@ def quantize_nf4_under(
             _sweep_(layer, nest, found)
         lost = layer.lost(found)
         if not bool(lost.isfinite().all()):
-            raise ValueError(
-                "the rounded weights are NaN or infinite: the weights or the Hessian are too large for fp32"
+            raise RowError(
+                "the rounded weights are NaN or infinite: the weights or the Hessian are too large for fp32",
+                int(lost.isfinite().logical_not().nonzero()[0]),
             )
         # Rows that are worse get their plain codes, whose absmax only the last nest can store.
         better = lost <= plain_lost

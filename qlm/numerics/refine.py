@@ -2,7 +2,7 @@
 up for the errors of earlier layers, after it better codes and scales, and a shift of the bias.
 
 Notation: y = W x in the float model, Q x~ in the quantized one, whose earlier layers are quantized already. H = E[x~ x~^T]
-(`hessian`), G = E[x x~^T] (`cross`), both fp32 [I, I]; damped H = H + damp mean(diag H) I. E = W - Q.
+(`hessian`), G = E[x x~^T], both fp32 [I, I]; damped H = H + damp mean(diag H) I. E = W - Q.
 """
 
 from collections.abc import Callable
@@ -11,38 +11,25 @@ import torch
 from torch import Tensor
 
 from qlm.numerics.affine import LARGEST_FP16, round_to_fp16
-from qlm.numerics.gptq import LEAF, Factor, GptqResult, SingularHessian, check_finite, factorize
+from qlm.numerics.gptq import LEAF, TRIANGLE_CHUNK, Factor, GptqResult, SingularHessian, check_finite
 
 # A code moves only if its best real value is beyond the middle between two levels by this share of a step: what a move gains must be
 # more than the rounding of R, or fp32 noise could move codes back and forth.
 RELUCTANCE = 1e-3
 
 
-def shift_target(
-    weight: Tensor, hessian: Tensor, cross: Tensor, damp: float, strength: float, factor: Factor | None = None
-) -> Tensor:
-    """W + strength (W' - W), W' = W (G + lambda I) (H + lambda I)^-1, lambda = damp mean(diag H): fp32 [O, I].
+def full_shift(lag: Tensor, factor: Factor) -> Tensor:
+    """W' - W = L (H + lambda I)^-1, lambda = damp mean(diag H), for L = E[(t - W x~) x~^T]: fp32 [O, I].
 
-    |W x - Q x~|^2 + lambda |W - Q|^2 differs from |(W' - Q) (H + lambda I)^1/2|^2 by what does not depend on Q, so that any method
-    for the layer alone repairs the layers before it when it is given W' (QEP, Arai and Ichikawa 2025; Qronos, Zhang et al. 2025).
+    |t - Q x~|^2 + lambda |W - Q|^2 differs from |(W' - Q) (H + lambda I)^1/2|^2 by what does not depend on Q, so that any method
+    for the layer alone repairs the layers before it when it is given W'. With t = W x, L is W (G - H), and that is QEP (Arai and
+    Ichikawa 2025) and Qronos (Zhang et al. 2025); an output that is added to the residual stream may have the whole stream for t.
 
     Args:
-        weight: [O, I], any float dtype. Returned as it is, in fp32, for a strength of 0.
-        factor: of this Hessian, in any order, if there is one already; else made here, with more damping where it is needed.
-    Raises:
-        SingularHessian: as `factorize`.
+        lag: L, fp32 [O, I].
+        factor: of H, in any order.
     """
-    weight = weight.float()
-    if strength == 0:
-        return weight
-    if factor is None:
-        factor = factorize(hessian, torch.arange(len(hessian), device=hessian.device), damp)
-    return weight + strength * _full_shift(weight, hessian, cross, factor)
-
-
-def _full_shift(weight: Tensor, hessian: Tensor, cross: Tensor, factor: Factor) -> Tensor:
-    # W' - W = W (G - H) (H + lambda I)^-1: exactly zero where the streams agree.
-    moved = (weight @ (cross - hessian))[:, factor.order]
+    moved = lag[:, factor.order]
     for triangle, upper in ((factor.R.T, False), (factor.R, True)):
         moved = torch.linalg.solve_triangular(triangle, moved, upper=upper, left=False)
     shift = torch.empty_like(moved)
@@ -50,43 +37,19 @@ def _full_shift(weight: Tensor, hessian: Tensor, cross: Tensor, factor: Factor) 
     return shift
 
 
-def held_out_error(
-    weight: Tensor, quantized: Tensor, hessian: Tensor, cross: Tensor, target_hessian: Tensor | None = None
-) -> Tensor:
-    """E|W x - Q x~|^2 of each output, fp32 [O], from statistics of samples that were kept aside.
+def choose_strength(shift: Tensor, hessian: Tensor, lag: Tensor) -> float:
+    """How much of a shift is best on samples that were kept aside: in 0 ... 1.
 
-    Without `target_hessian`, E[x x^T], up to a term that does not depend on Q; written in E = W - Q, since the difference of
-    tr(Q H Q^T) and 2 tr(W G Q^T) would be lost in their size.
-    """
-    weight = weight.float()
-    E = weight - quantized
-    error = ((E @ hessian + 2 * weight @ (cross - hessian)) * E).sum(1)
-    if target_hessian is not None:
-        error += ((weight @ (target_hessian - cross - cross.T + hessian)) * weight).sum(1)
-    return error
-
-
-def choose_strength(weight: Tensor, shifted: Tensor, hessian: Tensor, cross: Tensor) -> float:
-    """The strength for `shift_target` that is best on samples that were kept aside: in 0 ... 1.
-
-    |W x - (W + a D) x~|^2, D = W' - W, is a parabola in a, whose lowest point has a closed form. What rounding adds hardly depends
-    on a, so that nothing needs to be quantized to find it.
+    |t - (W + a D) x~|^2 is a parabola in a, whose lowest point has a closed form. What rounding adds hardly depends on a, so that
+    nothing needs to be quantized to find it.
 
     Args:
-        weight: [O, I]. shifted: `shift_target` of strength 1, from the calibration samples.
-        hessian, cross: of the samples that were kept aside.
+        shift: D [O, I], `full_shift` of the calibration samples.
+        hessian, lag: of the samples that were kept aside.
     """
-    weight = weight.float()
-    D = shifted - weight
-    curvature = ((D @ hessian) * D).sum(dtype=torch.float64).item()
-    slope = ((weight @ (cross - hessian)) * D).sum(dtype=torch.float64).item()
+    curvature = ((shift @ hessian) * shift).sum(dtype=torch.float64).item()
+    slope = (lag * shift).sum(dtype=torch.float64).item()
     return min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-
-
-def bias_shift(weight: Tensor, quantized: Tensor, mean: Tensor, target_mean: Tensor) -> Tensor:
-    """W mu - Q mu~, what the mean of each output has lost: fp32 [O], to be added to the bias. mean mu~, target_mean mu: fp32 [I]."""
-    weight = weight.float()
-    return (weight - quantized) @ mean + weight @ (target_mean - mean)
 
 
 def refine(
@@ -182,5 +145,11 @@ def refine(
         scale=S.T.contiguous(),
         zero_point=zero_point,
         g_idx=g_idx,
-        loss=((H @ E) * E).sum(0, dtype=torch.float64).clamp_(min=0) * mean,
+        loss=_quadratic(H, E).clamp_(min=0) * mean,
     )
+
+
+def _quadratic(H: Tensor, E: Tensor) -> Tensor:
+    """diag(E^T H E), float64 [O]. E [I, O]. In parts, because all of H E in float64 would take much memory."""
+    parts = zip(H.split(TRIANGLE_CHUNK), E.split(TRIANGLE_CHUNK), strict=True)
+    return torch.stack([(rows @ E).double().mul_(e).sum(0) for rows, e in parts]).sum(0)

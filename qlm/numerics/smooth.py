@@ -85,13 +85,20 @@ def choose_smoothing(
         weight_share: 1 where weights will be rounded to nearest, less where their errors will be compensated.
         strengths: to try; nothing at all is always tried.
     Raises:
-        ValueError: shapes do not belong together, or a value is not finite.
+        ValueError: shapes do not belong together, or a value is not finite; names the first input feature.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or not len(x):
         raise ValueError(f"inputs {list(x.shape)} and a weight {list(weight.shape)}; expected [T, I] and [O, I]")
     x, weight = x.float(), weight.float()
-    if not bool(x.isfinite().all()) or not bool(weight.isfinite().all()):
-        raise ValueError("an input or a weight is NaN or infinite")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("a weight is NaN or infinite")
+    bad = ~x.square().sum(0).isfinite()
+    if bool(bad.any()):
+        what = "too large to be squared in fp32" if bool(x.isfinite().all()) else "NaN or infinite"
+        raise ValueError(
+            f"{int(bad.sum())} of its {len(bad)} input features are {what} on the calibration text, the first feature "
+            f"{int(bad.nonzero()[0])}"
+        )
     weight_size = _tied(weight.abs().amax(0), tie, "amax")
     rows = weight[:: -(-len(weight) // MOST_OUTPUTS)]
     outputs = (x - x.mean(0)) @ rows.T

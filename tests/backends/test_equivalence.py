@@ -5,6 +5,7 @@ Both sides compute in float32 on the CPU, ours with float activations, so that f
 would hide a small difference. What those change is a test of its own.
 """
 
+import fnmatch
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlm.backends.base import activations_of
 from qlm.kernels import cpu_ops
 from qlm.kernels.ops import float_activations
-from qlm.load import load
+from qlm.load import linear_paths, load
 from tests import tiny_models
 from tests.backends.conftest import FOLDERS
 from tests.backends.test_gptq import written_elsewhere
@@ -49,6 +50,7 @@ INT8_ACTIVATIONS_KL = 1e-3
 Folders = Callable[[str], Path]
 Quantized = Callable[[str, str], Path]
 variants = pytest.mark.parametrize("variant", FOLDERS)
+LINEARS = {variant: linear_paths(tiny_models.VARIANTS[variant]()) for variant in FOLDERS}
 nested_or_not = pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double-quant"])
 
 
@@ -248,6 +250,26 @@ class TestCompressedTensors:
             module.quantization_enabled = False
         assert difference(logits(theirs), expected) > 2 * INT8_TOLERANCE
 
+    @pytest.mark.parametrize("globs", [["*.fc2", "*4h_to_h", "*mlp.c_proj"], ["*"]], ids=["some", "all"])
+    @variants
+    def test_reads_inputs_as_they_are(self, variant: str, globs: list[str], quantized: Quantized) -> None:
+        name = [glob for glob in globs if any(fnmatch.fnmatchcase(linear, glob) for linear in LINEARS[variant])]
+        folder = quantized(variant, f"backend: int8, input_16bit: {json.dumps(name)}")
+        ours, theirs = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        modules = quantized_modules(theirs)
+        assert len(modules) == sum(type(module).__name__ == "Int8Linear" for module in ours.modules())
+        for path, module in modules.items():
+            as_it_is = module.quantization_scheme.input_activations is None
+            assert (
+                as_it_is
+                == ours.get_submodule(path).float_input
+                == any(fnmatch.fnmatchcase(path, glob) for glob in name)
+            )
+        assert activations_of(ours) == ("float" if globs == ["*"] else "float, int8 per token")
+        three_dimensional(theirs)
+        expected = same_linear_by_linear(ours, theirs)
+        assert difference(logits(ours), expected) <= (INT8_TOLERANCE if globs == ["*"] else INT8_TIPPED)
+
     def test_its_flattened_tokens_in_opt(self, quantized: Quantized) -> None:
         """Without the help above: one scale for all tokens of a batch in fc1 and fc2. If this fails, compressed-tensors has mended it."""
         folder = quantized("opt", "backend: int8")
@@ -390,7 +412,7 @@ for folder in sys.argv[1:]:
 """
 GPTQMODEL_SECTIONS = (
     "backend: gptq", "backend: gptq, symmetric: false", "backend: gptq, bits: 3", "backend: gptq, bits: 8, group_size: 32",
-    "backend: gptq, order: act",
+    "backend: gptq, order: act", "backend: gptq, average_bits: 3.5",
 )  # fmt: skip
 GPTQMODEL_CASES = [(variant, section) for variant in tiny_models.FAMILIES for section in GPTQMODEL_SECTIONS]
 

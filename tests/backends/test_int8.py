@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
-from qlm.backends import BACKENDS, backend_of
+from qlm.backends import BACKENDS, Statistics, backend_of
 from qlm.backends.int8 import Int8Backend, Int8Format
 from qlm.errors import DataError
 from tests.backends.conftest import check_gradients, check_layout, random, settings_of
@@ -84,6 +85,51 @@ def test_state_dict_is_the_file() -> None:
     assert module(random(2, SHAPE[1]).bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_input_as_it_is(dtype: torch.dtype) -> None:
+    """The product with the weight that the tensors stand for, and nothing else: no rounding of x."""
+    weight, bias = random(*SHAPE), random(SHAPE[0], seed=1)
+    settings = settings_of("int8", input_16bit=["*.fc1"])
+    (made,) = backend.quantize({"fc1": weight}, None, settings)
+    assert made.facts["activations"] == "float"
+    how = backend.format(settings, dtype)
+    assert how == Int8Format(float_input=True)
+    module = backend.module(made.tensors, bias, SHAPE, how, dtype).eval()
+    assert module.activation_format() == "float"
+    x = random(9, SHAPE[1], seed=2)
+    x[:, 5] *= 1000  # an outlier, beside which int8 would lose the others
+    x = x.to(dtype)
+    back = backend.dequantize(made.tensors, SHAPE, how)
+    expected = x.double() @ back.double().T + bias.to(dtype).double()
+    step = torch.finfo(dtype).eps
+    assert ((module(x).double() - expected).abs().max() / expected.abs().max()) < 4 * step
+    if dtype == torch.float32:
+        check_gradients(module, back, SHAPE[1])
+        rounded = backend.module(made.tensors, bias, SHAPE, Int8Format(), dtype).eval()
+        assert (rounded(x) - module(x)).norm() > 100 * (module(x) - expected).norm()
+
+
+@pytest.mark.parametrize("changes", [{}, {"compensate": True, "sweeps": 2}], ids=["plain", "calibrated"])
+def test_one_input(changes: dict[str, Any]) -> None:
+    weight = torch.cat([random(8, 1), torch.zeros(1, 1)])
+    statistics = Statistics(torch.full((1, 1), 3.0), 5) if changes else None
+    (made,) = backend.quantize({"fc1": weight}, statistics, settings_of("int8", **changes))
+    assert made.tensors["weight"].abs().flatten().tolist() == [127] * 8 + [0]
+    assert torch.allclose(backend.dequantize(made.tensors, (9, 1), Int8Format()), weight, rtol=1e-6)
+    assert made.facts["relative_error"] < 1e-6
+
+
+def test_outliers_are_on_record() -> None:
+    weight, H, absmax = random(*SHAPE), torch.eye(SHAPE[1]), torch.ones(SHAPE[1])
+    absmax[[7, 2]] = torch.tensor([50.0, 30.0])
+    (made,) = backend.quantize({"fc1": weight}, Statistics(H, 9, absmax=absmax), settings_of("int8", compensate=True))
+    assert made.facts["activations"] == "int8 per token"
+    assert made.facts["largest_over_median_input"] == 50
+    assert (made.facts["outlier_inputs"], made.facts["outliers"]) == (2, [7, 2])
+    (plain,) = backend.quantize({"fc1": weight}, None, settings_of("int8"))
+    assert "outliers" not in plain.facts
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_weight_names_its_layer(value: float) -> None:
     weight = random(*SHAPE)
@@ -121,6 +167,60 @@ def test_describe_and_read(symmetric: bool) -> None:
     assert backend.read(config, LINEARS, torch.float16) == scheme
 
 
+SCHEME = {
+    LINEARS[0]: Int8Format(),
+    LINEARS[1]: Int8Format(float_input=True),
+    LINEARS[2]: Int8Format(float_input=True),
+}
+
+
+class TestInputsAsTheyAre:
+    """Config groups of their own."""
+
+    def test_some(self) -> None:
+        config = backend.describe(SCHEME, LINEARS[3:], torch.float16).quantization_config
+        assert config is not None
+        assert backend.read(config, LINEARS, torch.float16) == SCHEME
+        groups = QuantizationConfig.model_validate(config).config_groups
+        assert [group.targets for group in groups.values()] == [["Linear"], LINEARS[1:3]]
+        assert [group.input_activations is None for group in groups.values()] == [False, True]
+        assert groups["group_1"].format == "int-quantized"
+
+    def test_all(self) -> None:
+        scheme = dict.fromkeys(LINEARS[:2], Int8Format(float_input=True))
+        config = backend.describe(scheme, LINEARS[2:], torch.float16).quantization_config
+        assert config is not None
+        assert backend.read(config, LINEARS, torch.float16) == scheme
+        (group,) = QuantizationConfig.model_validate(config).config_groups.values()
+        assert (group.targets, group.input_activations) == (["Linear"], None)
+
+    @pytest.mark.parametrize(
+        "targets",
+        [["re:.*fc1"], ["no.such.linear"], [LINEARS[1], LINEARS[1], "x"], [], None, "Linear", ["Linear"], [3], ["Linear", LINEARS[1]]],
+        ids=str,
+    )  # fmt: skip
+    def test_other_targets_are_refused(self, targets: Any) -> None:
+        config = copy.deepcopy(backend.describe(SCHEME, LINEARS[3:], torch.float16).quantization_config)
+        assert config is not None
+        config["config_groups"]["group_1"]["targets"] = targets
+        with pytest.raises(DataError, match=r"quantization_config: .*targets"):
+            backend.read(config, LINEARS, torch.float16)
+
+    def test_a_name_in_two_groups(self) -> None:
+        config = copy.deepcopy(backend.describe(SCHEME, LINEARS[3:], torch.float16).quantization_config)
+        assert config is not None
+        config["config_groups"]["group_2"] = config["config_groups"]["group_1"]
+        with pytest.raises(DataError, match=r"targets .* each once"):
+            backend.read(config, LINEARS, torch.float16)
+
+    def test_no_group_for_the_others(self) -> None:
+        config = copy.deepcopy(backend.describe(SCHEME, LINEARS[3:], torch.float16).quantization_config)
+        assert config is not None
+        del config["config_groups"]["group_0"]
+        with pytest.raises(DataError, match=r"no group of config_groups has the targets \['Linear'\]"):
+            backend.read(config, LINEARS, torch.float16)
+
+
 def test_a_head_is_never_quantized() -> None:
     # A new head on a quantized model, and GPT-NeoX's head under its published name, which older tools ignore it by.
     scheme = backend.read({**CONFIG, "ignore": ["embed_out"]}, [*LINEARS, "score"], torch.float16)
@@ -128,8 +228,6 @@ def test_a_head_is_never_quantized() -> None:
 
 
 def test_compressed_tensors_reads_it() -> None:
-    from compressed_tensors.quantization import QuantizationConfig
-
     read = QuantizationConfig.model_validate(CONFIG)
     (scheme,) = read.config_groups.values()
     assert (scheme.weights.num_bits, scheme.weights.strategy, scheme.weights.symmetric) == (8, "channel", True)
@@ -150,9 +248,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 GROUP = "config_groups/group_0"
 HOSTILE = [
-    ("format", "pack-quantized"), ("format", None), ("format", ["int-quantized"]), ("config_groups", {}), ("config_groups", None),
+    ("format", "pack-quantized"), ("format", None), ("format", ["int-quantized"]), ("config_groups", {}), ("config_groups", None), (f"{GROUP}/format", "pack-quantized"),
     ("config_groups", [1]), ("config_groups", "x"), ("config_groups", {"a": 1}), ("config_groups", {"a": {}, "b": {}}),
-    (f"{GROUP}/weights", None), (f"{GROUP}/weights", 8), (f"{GROUP}/input_activations", None), (f"{GROUP}/input_activations", []),
+    (f"{GROUP}/weights", None), (f"{GROUP}/weights", 8), (f"{GROUP}/input_activations", 8), (f"{GROUP}/input_activations", []),
     (f"{GROUP}/weights/num_bits", 4), (f"{GROUP}/weights/strategy", "group"), (f"{GROUP}/weights/symmetric", False),
     (f"{GROUP}/weights/type", "float"), (f"{GROUP}/weights/dynamic", True), (f"{GROUP}/input_activations/strategy", "tensor"),
     (f"{GROUP}/input_activations/dynamic", False), (f"{GROUP}/input_activations/dynamic", "local"),

@@ -82,6 +82,44 @@ def test_auto_does_not_follow_noise() -> None:
     assert used == 0
 
 
+def test_the_sum_in_the_residual_stream_is_what_counts() -> None:
+    """Where it is known, in the place of the layer's own output: also for the bias, about the means."""
+    x, target = streams(500, 1)
+    x, target = x + 0.5, target - 0.2
+    weight = random(32, 64)
+    others, float_others = random(500, 32, seed=3), random(500, 32, seed=3) + 0.1 * x[:, :32] + 0.3
+    sums, float_sums = others + x @ weight.T, float_others + target @ weight.T
+
+    def of(rows: slice, held_out: Statistics | None = None) -> Statistics:
+        a, lag = x[rows].double(), (float_sums - sums)[rows].double()
+        mean, n = a.mean(0), len(a)
+        centered = a - mean
+        return Statistics(
+            (centered.T @ centered / n).float(), n, mean.float(), lag=((lag - lag.mean(0)).T @ centered / n).float(),
+            mean_lag=lag.mean(0).float(), held_out=held_out,
+        )  # fmt: skip
+
+    statistics = of(slice(0, 400), of(slice(400, None)))
+    settings = settings_of("gptq", target_shift="auto", bias_correction=True, damp=1e-4)
+    factor = factorize(statistics.hessian, torch.arange(64), 1e-4)
+    found, used = target_of(weight, statistics, settings, factor)
+    assert used > 0.9
+    quantized = (found * 8).round() / 8
+    shift = bias_shift_of(weight, quantized, statistics, settings)
+    assert shift is not None
+
+    def lost(Q: Tensor, bias: Tensor | float) -> Tensor:
+        return (float_sums - others - x @ Q.T - bias)[:400].double()
+
+    assert lost(quantized, shift).mean(0).abs().max() < TOLERANCE * float_sums.abs().mean()
+    # Least squares with an intercept, by itself.
+    with_one = torch.cat([x[:400], torch.ones(400, 1)], 1).double()
+    best = torch.linalg.lstsq(with_one, (float_sums - others)[:400].double()).solution
+    residue = ((float_sums - others)[:400].double() - with_one @ best).square().mean()
+    bias = bias_shift_of(weight, found, statistics, settings)
+    assert lost(found, bias).square().mean() < 1.02 * residue + 1e-3 * lost(weight, 0.0).square().mean()
+
+
 def test_without_a_float_stream_the_weight_is_the_target() -> None:
     x, _ = streams(100, 1)
     statistics = Statistics(x.T @ x / 100, 100)

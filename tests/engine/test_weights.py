@@ -161,6 +161,27 @@ def test_mixed_formats(copy_of: Callable[..., Path], text_file: Path, tmp_path: 
         assert np.sqrt(np.square(np.concatenate(rows) - exact).mean()) < 0.025 * exact.std()
 
 
+@pytest.mark.parametrize("variant", tiny_models.FAMILIES)
+def test_int8_weights_whose_inputs_are_not_rounded(quantized_folder: Callable[..., Path], variant: str) -> None:
+    """Held as floats; with all of them so, the decoder computes what the file's numbers say."""
+    ids = tiny_models.token_ids(1, 20)
+    some = [{"opt": "*.fc2", "bigcode-multi-query": "*mlp.c_proj"}.get(variant, "*4h_to_h")]
+    for globs in (some, ["*"]):
+        folder = quantized_folder(variant, "int8", input_16bit=globs)
+        weights = Weights.open(folder, head="float")
+        forms = {linear.format for linear in linears(weights)}
+        assert forms == ({cpu.FLOAT} if globs == ["*"] else {cpu.FLOAT, cpu.INT8})
+        assert weights.facts["bits"] == 8
+        assert weights.facts["activations"] == ("float" if globs == ["*"] else "float, int8 per token")
+        with Decoder(weights, 1, "float32") as decoder:
+            exact = exact_logits(folder, ids)[0]
+            cache = decoder.new_cache()
+            rows = [decoder.logits([cache], [ids[0, :19].tolist()])[0], decoder.step([cache], [ids[0, 19:].tolist()])]
+        error = np.sqrt(np.square(np.concatenate(rows) - exact).mean()) / exact.std()
+        # float32 against float64; and int8 activations in the other linears.
+        assert error < (1e-5 if globs == ["*"] else 0.025)
+
+
 def test_shards_and_bin_files(float_folder: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_models.build("bigcode-multi-query")
     ids = tiny_models.token_ids(1, 12).tolist()

@@ -221,6 +221,24 @@ class TestInt8:
         ).all() or (size < smallest)
         assert (back.abs() <= weight.abs().amax(1, keepdim=True).double() * (1 + 1e-6)).all()
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+    @pytest.mark.parametrize("width", [1, 64, 777])
+    def test_every_16_bit_value(self, width: int, dtype: torch.dtype) -> None:
+        """In order and shuffled, among small and large neighbours: never -128, never more than half a step off."""
+        patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        values = patterns[patterns.isfinite()]
+        for order in (
+            torch.arange(len(values)),
+            torch.randperm(len(values), generator=torch.Generator().manual_seed(0)),
+        ):
+            weight = torch.nn.functional.pad(values[order], (0, -len(values) % width)).view(-1, width)
+            codes, scale = quantize_weight_per_channel_absmax(weight)
+            assert codes.min() >= -127
+            assert scale.isfinite().all()
+            error = (codes.double() * scale.double() - weight.double()).abs()
+            assert (error <= scale.double() * 0.50001).all()
+            assert ((codes == 0).all(1) | (codes.abs().int().amax(1) == 127)).all()
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_refuses_non_finite(self, value: float) -> None:
         weight = normal(4, 64)

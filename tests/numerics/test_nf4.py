@@ -103,14 +103,15 @@ def test_exact_ties_and_their_neighbours(steps):
         assert_same_as_bitsandbytes(torch.cat([block, block[:50]]).unsqueeze(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("context", ["in-order", "shuffled", "with-one", "with-largest"])
-def test_every_finite_fp16_value(context):
-    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+def test_every_finite_16_bit_value(context, dtype):
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     values = values[torch.isfinite(values)]
     if context == "shuffled":
         values = values[torch.randperm(values.numel(), generator=torch.Generator().manual_seed(0))]
     elif context != "in-order":
-        largest = torch.tensor(1.0 if context == "with-one" else 65504.0, dtype=torch.float16)
+        largest = torch.tensor(1.0 if context == "with-one" else torch.finfo(dtype).max, dtype=dtype)
         if context == "with-one":
             values = values[values.abs() <= 1]
         values = torch.nn.functional.pad(values, (0, -values.numel() % 63)).view(-1, 63)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlm.numerics.gptq import GptqResult, SingularHessian, factorize, factorize_in_order, gptq, round_to_nearest
-from qlm.numerics.refine import bias_shift, choose_strength, held_out_error, refine, shift_target
+from qlm.numerics.gptq import GptqResult, SingularHessian, factorize_in_order, gptq, round_to_nearest
+from qlm.numerics.refine import choose_strength, full_shift, refine
 
 # Relative; fp32 solves under a Hessian whose condition the damping of 0.01 holds to 1e4.
 SOLVE_TOLERANCE = 1e-4
@@ -60,84 +60,42 @@ def refined(weight: Tensor, hessian: Tensor, start: GptqResult, bits: int, sweep
     return refine(weight, hessian, 0.01, start.codes, start.scale, start.zero_point, start.g_idx, bits, sweeps, **how)
 
 
-class TestTarget:
+def lag_of(weight: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+    """E[(W x - W x~) x~^T], fp32 [O, I]."""
+    return (weight.double() @ (moments(x, seen) - moments(seen, seen)).double()).float()
+
+
+class TestShift:
+    @pytest.mark.parametrize("order", ["none", "act", "static"])
     @pytest.mark.parametrize("damp", [1e-3, 0.01, 1.0])
-    @pytest.mark.parametrize("strength", [0.25, 1.0])
-    def test_is_its_definition(self, strength: float, damp: float) -> None:
+    def test_is_its_definition(self, damp: float, order: str) -> None:
         x, seen = streams(300, 48)
         weight, H, G = random(20, 48), moments(seen, seen), moments(x, seen)
         added = damped(H, damp) - H.double()
-        full = weight.double() @ (G.double() + added) @ torch.linalg.inv(H.double() + added)
-        expected = weight.double() + strength * (full - weight.double())
-        found = shift_target(weight, H, G, damp, strength)
+        expected = weight.double() @ (G.double() + added) @ torch.linalg.inv(H.double() + added) - weight.double()
+        found = full_shift(lag_of(weight, x, seen), factorize_in_order(H, order, 48, damp))
         assert (found - expected).norm() < SOLVE_TOLERANCE * expected.norm()
-        for order in ("act", "static"):
-            factor = factorize_in_order(H, order, 48, damp)
-            with_factor = shift_target(weight, H, G, damp, strength, factor)
-            assert (with_factor - expected).norm() < SOLVE_TOLERANCE * expected.norm()
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_strength_0_is_the_weight_itself(self, dtype: torch.dtype) -> None:
-        weight = random(20, 48).to(dtype)
-        hopeless = torch.full((48, 48), float("nan"))
-        assert torch.equal(shift_target(weight, hopeless, hopeless, 0.01, 0.0), weight.float())
-
-    def test_nothing_moves_where_the_streams_agree(self) -> None:
+    def test_nothing_moves_where_nothing_lacks(self) -> None:
         x, _ = streams(300, 48)
-        weight, H = random(20, 48), moments(x, x)
-        assert torch.equal(shift_target(weight, H, H.clone(), 0.01, 1.0), weight)
+        found = full_shift(torch.zeros(20, 48), factorize_in_order(moments(x, x), "none", 48, 0.01))
+        assert torch.equal(found, torch.zeros(20, 48))
 
-    def test_gptq_repairs_earlier_layers_through_it(self) -> None:
-        """|W x - Q x~|^2 + lambda |W - Q|^2 and |(W' - Q) (H + lambda I)^1/2|^2 differ by what does not depend on Q."""
+    @pytest.mark.parametrize("whole", [False, True], ids=["of the layer", "of the residual stream"])
+    def test_gptq_repairs_earlier_layers_through_it(self, whole: bool) -> None:
+        """|t - Q x~|^2 + lambda |W - Q|^2 and |(W' - Q) (H + lambda I)^1/2|^2 differ by what does not depend on Q."""
         x, seen = streams(400, 32)
-        weight, H, G = random(6, 32), moments(seen, seen), moments(x, seen)
-        target = shift_target(weight, H, G, 0.01, 1.0)
+        weight, H = random(6, 32), moments(seen, seen)
+        t = x.double() @ weight.double().T + whole * 0.3 * (x[:, :6] - seen[:, 5:11]).double()
+        lag = ((t - seen.double() @ weight.double().T).T @ seen.double() / len(x)).float()
+        target = weight + full_shift(lag, factorize_in_order(H, "none", 32, 0.01))
         ridge = 0.01 * H.double().diagonal().mean()
         gaps = []
         for seed in range(5):
             Q = (weight + 0.3 * random(6, 32, seed=seed)).double()
-            outputs = (x.double() @ weight.double().T - seen.double() @ Q.T).square().mean(0)
+            outputs = (t - seen.double() @ Q.T).square().mean(0)
             gaps.append(outputs + ridge * (weight.double() - Q).square().sum(1) - losses(target, Q, H))
         assert (torch.stack(gaps) - gaps[0]).abs().max() < SOLVE_TOLERANCE * gaps[0].abs().max()
-
-    def test_damping_rises_where_it_must(self) -> None:
-        x = random(3, 64)
-        H = x.T @ x / 3
-        H -= 0.05 * H.diagonal().mean() * torch.eye(64)
-        weight, G = random(5, 64), moments(random(9, 64), random(9, 64))
-        damp = factorize(H, torch.arange(64), 0.01).damp
-        assert damp > 0.05
-        assert torch.equal(shift_target(weight, H, G, 0.01, 0.5), shift_target(weight, H, G, damp, 0.5))
-
-    @pytest.mark.parametrize("hessian", [torch.zeros(16, 16), torch.full((16, 16), float("nan")), -torch.eye(16)])
-    def test_hopeless_hessians_are_refused(self, hessian: Tensor) -> None:
-        with pytest.raises(SingularHessian):
-            shift_target(random(4, 16), hessian, torch.eye(16), 0.01, 0.5)
-
-
-class TestHeldOut:
-    def test_is_the_error_of_the_outputs(self) -> None:
-        x, seen = streams(500, 40)
-        weight = random(12, 40)
-        quantized = weight + 0.05 * random(12, 40, seed=5)
-        expected = (x.double() @ weight.double().T - seen.double() @ quantized.double().T).square().mean(0)
-        found = held_out_error(weight, quantized, moments(seen, seen), moments(x, seen), moments(x, x))
-        assert torch.allclose(found.double(), expected, rtol=SOLVE_TOLERANCE)
-
-    def test_without_the_float_hessian_it_ranks_alike(self) -> None:
-        x, seen = streams(500, 40)
-        weight, H, G, T = random(12, 40), moments(seen, seen), moments(x, seen), moments(x, x)
-        one, two = (weight + size * random(12, 40, seed=5) for size in (0.05, 0.1))
-        gap = held_out_error(weight, two, H, G) - held_out_error(weight, one, H, G)
-        whole = held_out_error(weight, two, H, G, T) - held_out_error(weight, one, H, G, T)
-        assert torch.allclose(gap, whole, rtol=1e-3)
-
-    def test_is_the_loss_where_the_streams_agree(self) -> None:
-        x, _ = streams(500, 40)
-        weight, H = random(12, 40), moments(x, x)
-        quantized = weight + 0.05 * random(12, 40, seed=5)
-        expected = losses(weight, quantized, H, damp=0.0)
-        assert torch.allclose(held_out_error(weight, quantized, H, H).double(), expected, rtol=SOLVE_TOLERANCE)
 
 
 class TestStrength:
@@ -145,11 +103,11 @@ class TestStrength:
     def test_is_the_best_on_what_was_kept_aside(self, aside_seed: int) -> None:
         (x, seen), (x_aside, seen_aside) = streams(150, 64), streams(400, 64, seed=50 + aside_seed)
         weight = random(24, 64)
-        full = shift_target(weight, moments(seen, seen), moments(x, seen), 0.01, 1.0)
-        found = choose_strength(weight, full, moments(seen_aside, seen_aside), moments(x_aside, seen_aside))
+        shift = full_shift(lag_of(weight, x, seen), factorize_in_order(moments(seen, seen), "none", 64, 0.01))
+        found = choose_strength(shift, moments(seen_aside, seen_aside), lag_of(weight, x_aside, seen_aside))
 
         def error(strength: float) -> float:
-            output = seen_aside.double() @ (weight + strength * (full - weight)).double().T
+            output = seen_aside.double() @ (weight + strength * shift).double().T
             return (x_aside.double() @ weight.double().T - output).square().mean().item()
 
         assert 0 < found <= 1
@@ -157,35 +115,20 @@ class TestStrength:
 
     def test_ends(self) -> None:
         x, seen = streams(300, 48)
-        weight, H, G = random(20, 48), moments(seen, seen), moments(x, seen)
-        full = shift_target(weight, H, G, 0.01, 1.0)
+        weight, H = random(20, 48), moments(seen, seen)
+        lag = lag_of(weight, x, seen)
+        shift = full_shift(lag, factorize_in_order(H, "none", 48, 0.01))
         # Samples aside that want the opposite, and more than all of it.
-        assert choose_strength(weight, full, H, 2 * H - G) == 0
-        assert choose_strength(weight, full, H, 2 * G - H) == 1
-        assert choose_strength(weight, weight, H, G) == 0
-        assert choose_strength(weight, full, H * 0, G * 0) == 0
-
-
-class TestBias:
-    def test_is_the_mean_of_what_is_lost(self) -> None:
-        x, seen = streams(500, 40)
-        weight = random(12, 40)
-        quantized = weight + 0.05 * random(12, 40, seed=5)
-        expected = (x.double() @ weight.double().T - seen.double() @ quantized.double().T).mean(0)
-        found = bias_shift(weight, quantized, seen.double().mean(0).float(), x.double().mean(0).float())
-        assert found.dtype == torch.float32
-        assert torch.allclose(found.double(), expected, atol=SUM_TOLERANCE * expected.abs().max().item())
-
-    def test_small_losses_under_large_means(self) -> None:
-        """Both means are 1e4 times their difference: the products of each alone would hide it."""
-        weight, mean = random(12, 40), random(40, seed=1) * 1e4
-        target, quantized = mean + random(40, seed=2), weight + 1e-4 * random(12, 40, seed=3)
-        expected = weight.double() @ target.double() - quantized.double() @ mean.double()
-        found = bias_shift(weight, quantized, mean, target)
-        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+        assert choose_strength(shift, H, -lag) == 0
+        assert choose_strength(shift, H, 2 * lag) == 1
+        assert choose_strength(0 * shift, H, lag) == 0
+        assert choose_strength(shift, H * 0, lag * 0) == 0
 
 
 ORDERS = ("gar", "act", "static")
+# What two sweeps leave of the error, at most, at 2 to 4 bits: with codes alone, and with the scales. GPTQ itself leaves the less to them
+# the better its order is: with "act", whose groups are formed as columns are taken, next to nothing.
+WORTH = {"gar": (0.94, 0.93), "act": (0.9995, 0.995), "static": (0.998, 0.985)}
 
 
 def problem(bits: int, order: str, symmetric: bool, *, inputs: int = 128, group_size: int = 32, search: bool = True):
@@ -247,8 +190,9 @@ class TestRefine:
         weight, H, start = problem(bits, order, True)
         codes = refined(weight, H, start, bits, 2, fit_scales=False).error
         both = refined(weight, H, start, bits, 2).error
-        assert codes < 1.0 * start.error
-        assert both < codes
+        of_codes, of_both = WORTH[order]
+        assert codes < of_codes * start.error
+        assert both < min(codes, of_both * start.error)
 
     def test_arguments_are_left_alone(self) -> None:
         weight, H, start = problem(3, "gar", True)
@@ -261,10 +205,10 @@ class TestRefine:
     @pytest.mark.parametrize("bits", [2, 3])
     def test_ends_where_no_single_code_is_better(self, order: str, bits: int) -> None:
         weight, H, start = problem(bits, order, False)
-        assert local_optimum(weight, H, start, bits).max() > 0.001
+        assert local_optimum(weight, H, start, bits).max() > 0.005
         result = refined(weight, H, start, bits, 30, fit_scales=False)
         # Codes move only for a gain beyond RELUCTANCE of a step.
-        assert local_optimum(weight, H, result, bits).max() < 1e-3
+        assert local_optimum(weight, H, result, bits).max() < 1e-4
         assert torch.equal(refined(weight, H, result, bits, 1, fit_scales=False).codes, result.codes)
 
     def test_ends_where_no_neighbouring_scale_is_better(self) -> None:

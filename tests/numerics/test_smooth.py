@@ -141,12 +141,19 @@ class TestChoose:
         assert chosen.shift[3] == 0
         assert chosen.scale[9] == 1
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_refuses_what_is_not_finite(self, value: float) -> None:
+    @pytest.mark.parametrize(
+        ("value", "what"),
+        [(float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (1e30, "too large to be squared")],
+    )
+    def test_refuses_what_is_not_finite(self, value: float, what: str) -> None:
         x, weight = self.outlying()
-        x[3, 3] = value
-        with pytest.raises(ValueError, match="NaN or infinite"):
+        x[3, 7] = value
+        with pytest.raises(ValueError, match=f"1 of its {x.shape[1]} input features are {what}.* the first feature 7"):
             choose_smoothing(x, weight)
+        x[3, 7], weight[2, 1] = 0, value
+        if what == "NaN or infinite":
+            with pytest.raises(ValueError, match="a weight is NaN or infinite"):
+                choose_smoothing(x, weight)
 
     @pytest.mark.parametrize(("x", "weight"), [((4, 5), (3, 6)), ((0, 5), (3, 5)), ((4, 2, 5), (3, 5))])
     def test_refuses_shapes_that_do_not_belong_together(self, x: tuple, weight: tuple) -> None:
