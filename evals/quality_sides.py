@@ -47,6 +47,8 @@ ABLATIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sweeps": (0, ("gptq", "nf4", "int8")),
     "bias_correction": (False, ("gptq", "nf4", "int8")),
     "smooth": (False, ("int8",)),
+    "rounding_steps": (0, ("gptq",)),
+    "tune_steps": (0, ("gptq", "nf4", "int8")),
 }
 
 

@@ -116,6 +116,7 @@ class _Work:
         self.floats: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
         self.folded: dict[str, Tensor] = {}
+        # Linears whose rounding has been learned, or need not be.
         self.learned: set[str] = set()
         self.targets: Tensor | None = None
         follows_float = stream is not None and stream.reference is not None
@@ -177,10 +178,10 @@ class _Work:
         """The linears, stage by stage."""
         for stage in stages_of(self.spec, self.config):
             groups = [group for group in stage if self.names(group)]
-            if any(
-                linear in (self.spec.attention_out, self.spec.mlp_out) for group in groups for linear in group.linears
-            ):
+            added = [linear for group in groups for linear in group.linears if linear in self.spec.residual_linears]
+            if added:
                 self.learn_rounding()
+                self.learned |= {f"{self.path}.{linear}" for linear in added}
             as_multiplied = {group: rounds for group in groups if (rounds := self.as_multiplied(group)) is not None}
             statistics: Mapping[LinearGroup, Statistics] = (
                 self.stream.statistics(self.block, groups, self.path, self.float_block, as_multiplied)

@@ -101,7 +101,7 @@ PRESETS: dict[Quality, dict[str, Any]] = {
     },
     "best": {
         "target_shift": "auto", "compensate": True, "sweeps": 4, "bias_correction": True, "smooth": True, "rounding_steps": 200,
-        "tune_steps": 200,
+        "tune_steps": 100,
     },
 }  # fmt: skip
 

@@ -235,7 +235,7 @@ class Stream:
         batch = side.hidden[index * self.batch_size : (index + 1) * self.batch_size]
         residual = batch
         of_linear = {linear: group for group in groups for linear in group.linears}
-        added = [self._spec.attention_out, self._spec.mlp_out] if self._float is not None else []
+        added = self._spec.residual_linears if self._float is not None else ()
 
         def stop_if_done() -> None:
             if len(x) == len(groups) and all(of_linear[linear] in sums for linear in added if linear in of_linear):

@@ -116,6 +116,11 @@ class FamilySpec:
     inert_fields: frozenset[str] = frozenset()
     ignored_tensors: tuple[str, ...] = ()
 
+    @property
+    def residual_linears(self) -> tuple[str, str]:
+        """Those whose output is added to the residual stream, in the order of the forward pass."""
+        return self.attention_out, self.mlp_out
+
 
 # Known to transformers' base config or written by one of its versions; none of them changes a logit of a model in evaluation
 # mode. Generation settings among them (eos excepted) are dropped too: qlm's own options decide how text is generated.
