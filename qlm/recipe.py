@@ -72,7 +72,7 @@ _QUANTO_INT4_GROUP = 128
 _TAKES: dict[str, tuple[str, ...]] = {
     "int8": (
         "quality", "bits", "damp", "smooth", "target_shift", "compensate", "sweeps", "bias_correction",
-        "ignore_first", "input_16bit", "skip", "on_failure",
+        "tune_steps", "ignore_first", "input_16bit", "skip", "on_failure",
     ),
     "nf4": (
         "quality", "bits", "double_quant", "damp", "scale_search", "target_shift", "compensate", "sweeps",
