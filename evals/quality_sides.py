@@ -20,7 +20,7 @@ import torch
 from equivalence import compare, compute_in_float32, logits_of, plain_transformers
 from quality_subject import Subject
 from quantize_speed import run
-from shared import ROOT, change_json
+from shared import ROOT
 from torch import Tensor
 
 # What is compared with what: the settings of qlm's backend that the others' formats correspond to.
@@ -317,13 +317,7 @@ def outside(
     windows.write_text(json.dumps(subject.calibration_windows(seed).tolist()))
     script = str(ROOT / "evals" / f"peer_{package}.py")
     command = [str(python), script, "quantize", str(subject.folder), str(windows), str(work / package), *arguments]
-    says = run([*command, "--device", subject.device], options.threads)
-    # GPTQModel 7.7.0 writes rotary settings for models that have no rotary embedding; qlm refuses what it does not know.
-    if subject.spec.model_type != "gpt_neox":
-        change_json(
-            work / package / "config.json", lambda config: {k: v for k, v in config.items() if k != "rope_parameters"}
-        )
-    return says
+    return run([*command, "--device", subject.device], options.threads)
 
 
 def gptqmodel(

@@ -227,8 +227,9 @@ class QuantizeRecipe(_Section):
     )
     quality: Quality = Field(
         "balanced",
-        description="Sets the defaults of `target_shift`, `compensate`, `sweeps`, `bias_correction`, `smooth`. `fast`: all off; the default of int8 and nf4 without a calibration section, which they then do not need. "
-        "`balanced`: what costs little more time. `best`: more sweeps.",
+        description="Sets the defaults of `target_shift`, `compensate`, `sweeps`, `bias_correction`, `smooth`, `rounding_steps`, `tune_steps`. "
+        "`fast`: all off; the default of int8 and nf4 without a calibration section, which they then do not need. "
+        "`balanced`: what costs little more time. `best`: more sweeps, and what a gradient can still improve.",
     )
     qtype: Qtype = Field("qint8", description="quanto's own weight type.")
     bits: Bits = Field(

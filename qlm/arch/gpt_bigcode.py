@@ -78,6 +78,8 @@ GPT_BIGCODE = FamilySpec(
         "num_key_value_heads", "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length",
         "pre_allocate_kv_cache", "validate_runner_input", "summary_activation", "summary_first_dropout",
         "summary_proj_to_labels", "summary_type", "summary_use_proj", "attention_head_type", "n_ctx",
+        # GPTQModel writes settings of a rotary embedding for models that have none.
+        "rope_parameters",
     },
     ignored_tensors=(r"h\.\d+\.attn\.(bias|masked_bias)",),
     lora_targets=("c_attn", "c_proj", "c_fc"),

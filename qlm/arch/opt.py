@@ -86,6 +86,7 @@ OPT = FamilySpec(
     },
     multiples={"word_embed_proj_dim": ("hidden_size", 1)},
     fixed_fields=COMMON_FIXED_FIELDS,
-    inert_fields=COMMON_INERT_FIELDS | {"activation_dropout"},
+    # GPTQModel writes settings of a rotary embedding for models that have none.
+    inert_fields=COMMON_INERT_FIELDS | {"activation_dropout", "rope_parameters"},
     lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
 )

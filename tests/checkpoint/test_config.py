@@ -143,6 +143,14 @@ def test_fields_that_may_change_numbers_or_run_code_are_refused(family, field, v
     assert field in refusal({**SMALL[family], field: value})
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt_bigcode"])
+def test_rotary_settings_of_families_without_rotary_embeddings_change_nothing(family):
+    """GPTQModel writes them into every config."""
+    rotary = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    plain, with_them = (read_config(Raw({**SMALL[family], **extra})) for extra in ({}, rotary))
+    assert with_them.to_dict() == plain.to_dict()
+
+
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "compressed-tensors", "quanto"])
 def test_quantized_configs_of_known_methods_are_accepted(method):
     for family in SMALL.values():
