@@ -12,6 +12,13 @@ from quality_sides import IN_WORDS, PRESETS
 ORDER = ("float", "rtn", "bitsandbytes", "torch", "gptqmodel", "autoround", *(f"qlm-{p}" for p in PRESETS))
 
 
+# Whose KL is set against whose, format by format, at the same bytes.
+BESIDE = (
+    ("qlm-balanced", "gptqmodel", ("4bit", "3bit", "2bit")),
+    ("qlm-best", "autoround", ("4bit", "3bit", "2bit")),
+    ("qlm-best", "bitsandbytes", ("nf4",)),
+    ("qlm-balanced", "torch", ("int8",)),
+)
 # The side of mixed precision, and those of one width for all that it is compared with.
 MIXED, UNIFORM = "qlm-balanced-mixed", ("qlm-balanced-3bit", "qlm-balanced-4bit")
 
@@ -57,6 +64,30 @@ def interpolated_kl(bits: float, *ends: Mapping[str, Any]) -> float:
     return math.exp((1 - share) * math.log(low_kl) + share * math.log(high_kl))
 
 
+def ratio_of(rows: Iterable[Mapping[str, Any]], checkpoint: str, ours: str, theirs: str) -> tuple[float, int] | None:
+    """Mean KL of one side over that of another, and how many calibration seeds that is: those that both have."""
+    known = [row for row in rows if "error" not in row and row["checkpoint"] == checkpoint]
+    of_ours, of_theirs = ({row["seed"]: row["kl"] for row in known if row["side"] == side} for side in (ours, theirs))
+    # What does not calibrate has one cell, for all seeds.
+    seeds = [seed for seed in of_ours if seed in of_theirs or None in of_theirs]
+    if not seeds:
+        return None
+    kl = statistics.fmean(of_ours[seed] for seed in seeds)
+    return kl / statistics.fmean(of_theirs.get(seed, of_theirs.get(None)) for seed in seeds), len(seeds)
+
+
+def beside_others(rows: Sequence[Mapping[str, Any]], checkpoints: Sequence[str]) -> list[str]:
+    """The lines of a table of KL over another's; [] where there is nothing to compare."""
+    lines = []
+    for ours, theirs, formats in BESIDE:
+        for name in formats:
+            found = [ratio_of(rows, checkpoint, f"{ours}-{name}", f"{theirs}-{name}") for checkpoint in checkpoints]
+            if any(found):
+                shown = ["" if each is None else f"{each[0]:.2f} ({each[1]})" for each in found]
+                lines.append(f"| {IN_WORDS[name]}: {ours} over {theirs} | {' | '.join(shown)} |")
+    return lines
+
+
 def in_table(value: float, spread: float | None) -> str:
     """Three digits that count, and the spread with as many places."""
     places = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 4
@@ -64,7 +95,7 @@ def in_table(value: float, spread: float | None) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown: KL, perplexity and same-top-1 by format; then sizes and times; then ablations."""
+    """The rows as Markdown: KL, perplexity and same-top-1 by format; KL over others'; sizes and times; ablations."""
     summary = summary_of(rows)
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     columns = " | ".join(checkpoints)
@@ -126,5 +157,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         found["kl_stderr"] / found["kl"] for each in summary.values() for found in each.values() if found["kl_stderr"]
     ]
     note = f"Standard errors of KL over windows of text are at most {max(errors):.1%} of it." if errors else ""
-    parts = ["\n".join(main), note, "\n".join(sizes), "\n".join(ablations) if len(ablations) > 2 else ""]
+    ratios = beside_others(rows, checkpoints)
+    if ratios:
+        ratios = [f"| KL over another's (calibration seeds) | {columns} |", rule, *ratios]
+    parts = [
+        "\n".join(main),
+        note,
+        "\n".join(ratios),
+        "\n".join(sizes),
+        "\n".join(ablations) if len(ablations) > 2 else "",
+    ]
     return "\n\n".join(part for part in parts if part)

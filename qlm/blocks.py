@@ -4,7 +4,7 @@ Nothing here knows where weights come from or where results go; `quantize` (fold
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -182,24 +182,28 @@ class _Work:
             if added:
                 self.learn_rounding()
                 self.learned |= {f"{self.path}.{linear}" for linear in added}
-            as_multiplied = {group: rounds for group in groups if (rounds := self.as_multiplied(group)) is not None}
-            statistics: Mapping[LinearGroup, Statistics] = (
-                self.stream.statistics(self.block, groups, self.path, self.float_block, as_multiplied)
-                if self.stream and groups
-                else {}
-            )
-            for group in groups:
-                names = self.names(group)
-                # Linears with the same settings go together: their rows are independent, and one pass serves them all.
-                for settings in dict.fromkeys(self.chosen[name] for name in names):
-                    weights = {name: self.read(f"{name}.weight") for name in names if self.chosen[name] == settings}
-                    results = BACKENDS[settings.backend].quantize(weights, statistics.get(group), settings)
-                    for (name, weight), quantized in zip(weights.items(), results, strict=True):
-                        parts = fused_parts(self.spec, self.config, self.inner(name), len(weight))
-                        self.linears[name] = with_parts(quantized, parts)
-                        if self.stream is not None:
-                            self.use(name, weight.dtype)
-                        self.add_to_bias(name, quantized.bias_shift)
+            self.quantize_groups(groups)
+
+    def quantize_groups(self, groups: Sequence[LinearGroup]) -> None:
+        """The linears of one stage; what is known of their inputs is given back afterwards."""
+        as_multiplied = {group: rounds for group in groups if (rounds := self.as_multiplied(group)) is not None}
+        statistics: Mapping[LinearGroup, Statistics] = (
+            self.stream.statistics(self.block, groups, self.path, self.float_block, as_multiplied)
+            if self.stream and groups
+            else {}
+        )
+        for group in groups:
+            names = self.names(group)
+            # Linears with the same settings go together: their rows are independent, and one pass serves them all.
+            for settings in dict.fromkeys(self.chosen[name] for name in names):
+                weights = {name: self.read(f"{name}.weight") for name in names if self.chosen[name] == settings}
+                results = BACKENDS[settings.backend].quantize(weights, statistics.get(group), settings)
+                for (name, weight), quantized in zip(weights.items(), results, strict=True):
+                    parts = fused_parts(self.spec, self.config, self.inner(name), len(weight))
+                    self.linears[name] = with_parts(quantized, parts)
+                    if self.stream is not None:
+                        self.use(name, weight.dtype)
+                    self.add_to_bias(name, quantized.bias_shift)
 
     def as_multiplied(self, group: LinearGroup) -> Callable[[Tensor], Tensor] | None:
         """What all of a group's linears make of their input before they multiply it, if anything."""
@@ -231,7 +235,14 @@ class _Work:
         if self.targets is None:
             self.targets = self.stream.targets(self.float_block)
         floats = {inner: self.read(f"{self.path}.{inner}") for inner, p in self.block.named_parameters() if p.ndim == 1}
-        return BlockLoss(self.block, self.stream, self.targets, floats)
+        as_multiplied = {
+            self.inner(name): rounds
+            for stage in stages_of(self.spec, self.config)
+            for group in stage
+            if self.names(group) and (rounds := self.as_multiplied(group)) is not None
+            for name in self.names(group)
+        }
+        return BlockLoss(self.block, self.stream, self.targets, floats, as_multiplied)
 
     def learn_rounding(self) -> None:
         """New codes of the linears that have been quantized and not been learned yet, by gradient.

@@ -23,11 +23,18 @@ from qlm.formats.dtypes import DTYPES
 from qlm.load import block_paths, check_attention, open_source, tied_names
 from qlm.recipe import Recipe
 from qlm.sensitivity import SLICE_LOGITS, Layer, budget_of, measured_at
+from qlm.stream import FEW, HELD_OUT
+from qlm.tune import LOOK
 
 # Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.
 PROCESS_BYTES = 650_000_000
 # Hessian, its damped and permuted copy, the Cholesky factor, the unit matrix and U are alive at once.
 HESSIAN_COPIES = 5
+# Of each weight whose rounding is learned: six numbers in fp32 (base, offset, its gradient, their mean, scale, zero point), the weight
+# that they make and its gradient.
+LEARNED_BYTES = 32
+# Weights that take a step in a second, beside all products.
+LEARNED_RATE = 1e8
 # Room for tokenizer, config and manifest, and for a file system's own bookkeeping.
 SMALL_FILES_BYTES = 16_000_000
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -218,14 +225,56 @@ def _calibrated(
         hessians = max(hessians, in_stage)
     widest = max(max(shape) for name, shape in shapes.items() if name.startswith(f"{first}."))
     activations = 8 * compute.itemsize * BATCH_TOKENS * widest + 4 * BATCH_TOKENS * widest
-    memory = stream + sides * block_weights * compute.itemsize + hessians + largest_group + activations + 2 * shard
+    block = stream + sides * block_weights * compute.itemsize + 2 * shard
+    learning, learned = _learning(recipe, source, chosen, shapes, first, block_weights)
+    memory = block + max(hessians + largest_group + activations, learning)
     embedding = 2 * outside_weights * compute.itemsize + stream
     # Each stage runs the block as far as its linears, and a last pass runs all of it.
     forward = sides * tokens * block_weights * (1 + len(stages) / 2)
     # A sweep over the codes costs about as much as the solver.
     solving = sides * products * (1 + recipe.quantize.sweeps / 4)
-    seconds = blocks * (solving / matmul_rate(torch.float32) + forward / matmul_rate(compute))
+    seconds = blocks * (solving / matmul_rate(torch.float32) + forward / matmul_rate(compute) + learned)
     return max(memory, embedding), seconds
+
+
+def _learning(
+    recipe: Recipe,
+    source: Any,
+    chosen: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    first: str,
+    block_weights: int,
+) -> tuple[float, float]:
+    """Memory beside the stream and the block, and seconds a block, of what is learned by gradient."""
+    assert recipe.calibration is not None
+    section, compute = recipe.quantize, calibration_dtype("cpu")
+    samples, length = recipe.calibration.samples, window_length(recipe.calibration.length, _positions(source))
+    aside = min(samples - 1, math.ceil(samples / HELD_OUT))
+    if not aside or not (section.rounding_steps or section.tune_steps):
+        return 0.0, 0.0
+    # Together: what has been quantized since the last linears that are added to the residual stream.
+    together = [0]
+    for stage in stages_of(source.spec, source.config):
+        linears = [linear for group in stage for linear in group.linears if f"{first}.{linear}" in chosen]
+        if any(linear in source.spec.residual_linears for linear in linears):
+            together.append(0)
+        else:
+            together[-1] += sum(math.prod(shapes[f"{first}.{linear}.weight"]) for linear in linears)
+    rounds, most = 0, 0
+    if section.rounding_steps:
+        rounds, most = sum(weights > 0 for weights in together), max(together)
+    widest = max(max(shape) for name, shape in shapes.items() if name.startswith(f"{first}."))
+    hidden = int(getattr(source.config, source.spec.hidden_size))
+    # What the float block makes of all samples, and what a backward pass finds again of a few, in fp32 for the most part.
+    memory = samples * length * hidden * compute.itemsize + 4 * 8 * FEW * length * widest + LEARNED_BYTES * most
+
+    def products(steps: int) -> int:
+        # A step is a forward and a backward pass, which costs twice that; a look, a forward pass over what was kept aside.
+        return (3 * steps * min(FEW, samples) + (1 + math.ceil(steps / LOOK)) * aside) * length * block_weights
+
+    learned = rounds * products(section.rounding_steps) + (products(section.tune_steps) if section.tune_steps else 0)
+    targets = samples * length * block_weights
+    return memory, (learned + targets) / matmul_rate(compute) + section.rounding_steps * sum(together) / LEARNED_RATE
 
 
 def _choosing(

@@ -7,7 +7,7 @@ apart into one cost for each linear, 1/2 E[(g_l . e_l)^2], which is predicted KL
 usual shorthand, mean |g|^2 times tr((W - Q) H (W - Q)^T), loses: that large inputs and large gradients meet at the same tokens.
 
 Q_l comes from the quantizer itself, with the recipe's own settings but for what learns: the sweeps over the codes stay, because they halve
-what 2 bits lose and take a fifth off 4 (evals/LOG.md). The tokens of the mean are of samples that the Hessian has not seen.
+what 2 bits lose and take a tenth off 4 (evals/LOG.md). The tokens of the mean are of samples that the Hessian has not seen.
 numerics/allocate.py then finds the choice of least total cost, exactly.
 
 What it refuses: models without a language-model head. What it does not do: look at any two linears together, or at how the errors of

@@ -504,10 +504,19 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize(("backend", "hidden", "inner"), [("nf4", 640, 2560), ("gptq", 384, 768)])
+# What a section says beside its backend: a quick search, and both streams with all that `balanced` does.
+QUICK: dict[str, Any] = {"quality": "fast", "order": "none", "scale_search": "minmax"}
+THOROUGH: dict[str, Any] = {"quality": "balanced", "sweeps": 1}
+
+
+@pytest.mark.parametrize(
+    ("backend", "hidden", "inner", "more"),
+    [("nf4", 640, 2560, {}), ("gptq", 384, 768, QUICK), ("gptq", 384, 768, THOROUGH)],
+    ids=["nf4", "gptq fast", "gptq balanced"],
+)
 def test_peak_memory_does_not_grow_with_depth(
-    backend: str, hidden: int, inner: int, tmp_path: Path, tokenizer_json: str, text_file: Path, folder_of: Folder
-) -> None:
+    backend: str, hidden: int, inner: int, more: dict[str, Any], tmp_path: Path, tokenizer_json: str, text_file: Path, folder_of: Folder
+) -> None:  # fmt: skip
     recipes = [tmp_path / "warm.yaml"]
     recipes[0].write_text(recipe_text(folder_of("opt"), tmp_path / "warm", backend, text_file))
     for blocks in (4, 24):
@@ -523,7 +532,6 @@ def test_peak_memory_does_not_grow_with_depth(
         model.config.save_pretrained(folder)
         (folder / "tokenizer.json").write_text(tokenizer_json)
         recipes.append(tmp_path / f"{blocks}.yaml")
-        more = {"quality": "fast", "order": "none", "scale_search": "minmax"} if backend == "gptq" else {}
         recipes[-1].write_text(recipe_text(folder, tmp_path / f"out{blocks}", backend, text_file, **more))
         del model
     # Holes in the C library's heap differ from run to run by more than what is measured: each tensor gets its own pages.

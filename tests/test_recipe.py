@@ -248,7 +248,7 @@ def test_defaults():
         "quantize": {
             "backend": "gptq", "quality": "balanced", "bits": 4, "group_size": 128, "symmetric": True, "damp": 0.01,
             "order": "gar", "scale_search": "weighted", "target_shift": "auto", "sweeps": 2, "bias_correction": True,
-            "ignore_first": False, "skip": [], "on_failure": "error", "overrides": {},
+            "rounding_steps": 0, "tune_steps": 0, "ignore_first": False, "skip": [], "on_failure": "error", "overrides": {},
         },
         "calibration": {"data": "c.txt", "samples": 128, "length": None, "seed": 0},
         "evaluate": None,
@@ -774,7 +774,7 @@ def test_settings_without_overrides():
     assert settings_for(section(), "decoder.layers.0.fc1") == LinearSettings(
         backend="gptq", bits=4, group_size=128, symmetric=True, input_16bit=False, double_quant=False, damp=0.01, order="gar",
         scale_search="weighted", smooth=False, target_shift="auto", compensate=False, sweeps=2, bias_correction=True,
-        qtype="qint8", on_failure="error",
+        rounding_steps=0, tune_steps=0, qtype="qint8", on_failure="error",
     )  # fmt: skip
 
 

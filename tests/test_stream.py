@@ -231,7 +231,8 @@ def test_two_streams(variant: str, ignore_first: bool, about_mean: bool) -> None
                             (statistics.lag, lag.T @ (a - about) / len(a), float_sums[linear], a),
                             (statistics.mean_lag, lag.mean(0), float_sums[linear], a[:, :1] ** 0),
                         ]
-                        assert statistics.cross is None and statistics.target_mean is None
+                        assert statistics.cross is None
+                        assert statistics.target_mean is None
                         seen.add(linear)
                     else:
                         centered = b - b.mean(0) if about_mean else b
@@ -239,7 +240,8 @@ def test_two_streams(variant: str, ignore_first: bool, about_mean: bool) -> None
                             (statistics.cross, centered.T @ (a - about) / len(a), a, b),
                             (statistics.target_mean, b.mean(0), b, a[:, :1] ** 0),
                         ]
-                        assert statistics.lag is None and statistics.mean_lag is None
+                        assert statistics.lag is None
+                        assert statistics.mean_lag is None
                     for got, wanted, *factors in pairs:
                         assert got is not None
                         # Terms of either sign cancel: the scale is that of the factors, not of the mean of their products.

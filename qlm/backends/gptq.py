@@ -64,6 +64,16 @@ def with_fused(formats: Mapping[str, GptqFormat | None]) -> dict[str, GptqFormat
     return found
 
 
+def _of_codes_before(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a linear, and of its parts, whose codes have been learned since."""
+    return {
+        "relative_error_before_learning" if name == "relative_error" else name: _of_codes_before(value)
+        if isinstance(value, Mapping)
+        else value
+        for name, value in facts.items()
+    }
+
+
 class GptqLinear(nn.Module):
     """y = x W^T + b with packed weights.
 
@@ -199,12 +209,17 @@ class GptqBackend:
         )
 
     def with_codes(self, linear: QuantizedLinear, codes: Tensor, settings: LinearSettings) -> QuantizedLinear:
-        """The linear with other codes, uint8 [O, I]; the share of those that have changed is on record."""
+        """The linear with other codes, uint8 [O, I]; the share of those that have changed is on record.
+
+        What was known of its error is of the codes before, under the Hessian that they were chosen with, and is called so from here on.
+        """
         before = unpack_rows(linear.tensors["qweight"], settings.bits).T
         return replace(
             linear,
             tensors={**linear.tensors, "qweight": pack_rows(codes.T, settings.bits)},
-            facts={**linear.facts, "codes_learned": (codes != before).float().mean().item()},
+            facts={**_of_codes_before(linear.facts), "codes_learned": (codes != before).float().mean().item()},
+            loss=None,
+            size=None,
         )
 
     def format(self, settings: LinearSettings, dtype: torch.dtype) -> GptqFormat:
