@@ -183,6 +183,8 @@ class _Work:
                 self.learn_rounding()
                 self.learned |= {f"{self.path}.{linear}" for linear in added}
             self.quantize_groups(groups)
+        # Those that nothing comes after, because it stays as it is.
+        self.learn_rounding()
 
     def quantize_groups(self, groups: Sequence[LinearGroup]) -> None:
         """The linears of one stage; what is known of their inputs is given back afterwards."""

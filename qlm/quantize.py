@@ -454,6 +454,11 @@ def _write_descriptions(partial: PartialFolder, job: _Job, recipe: Recipe, ident
         outputs=partial.facts([name for name in partial.finished_names if name != manifest.NAME]),
         layers={name: facts for shard in job.shards for name, facts in partial.record(shard)["layers"].items()},
         choice=partial.record(FIGURE)["facts"] if recipe.quantize.budget_key is not None else None,
+        blocks={
+            path: facts
+            for path, shard in zip(job.blocks, job.shards[1:], strict=True)
+            if (facts := partial.record(shard)["block"])
+        },
         bos=bos_rule(source.spec),
         config={key: value for key, value in source.config.to_dict().items() if key in KEY_CONFIG_VALUES},
     )

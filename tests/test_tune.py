@@ -452,17 +452,20 @@ def test_in_memory(variant: str, quantized_blocks: list[QuantizedBlock]) -> None
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("way", ["gptq", "nf4", "int8", "int8 partly"])
+@pytest.mark.parametrize("partly", [False, True], ids=["whole", "without v_proj"])
 @every_family
-def test_the_loss_is_that_of_the_model(variant: str, way: str, quantized_blocks: list[QuantizedBlock]) -> None:
-    """What is on record of the last block is what the quantized model does on the samples kept aside, with its packed weights and, as
-    int8 has them, rounded inputs; where some of a group's linears are left out, those take theirs as they are."""
+def test_the_loss_is_that_of_the_model(variant: str, partly: bool, quantized_blocks: list[QuantizedBlock]) -> None:
+    """What is on record of int8's first block is what the packed model does on the samples kept aside, rounded inputs included; a linear
+    that is left out takes its input as it is, also where those beside it round it."""
     model, ids = tiny_models.build(variant), tiny_models.token_ids(16, 32)
-    spec = SPECS[model.config.model_type]
-    path = block_paths(spec, model)[1]
+    path = block_paths(SPECS[model.config.model_type], model)[0]
+    if partly and variant == "opt":
+        # An outlier takes most steps of what q, k and v read: it matters which of them round it.
+        model.get_submodule(f"{path}.self_attn_layer_norm").weight[3] = 100.0
+        model.get_submodule(f"{path}.self_attn.v_proj").weight[:, 3] = 0.0
     expected = output_of(model, path, ids)[-2:]
-    partly = {"skip": ["*.0.*", "*q_proj"], "smooth": False} if way == "int8 partly" and variant == "opt" else {}
-    qlm.quantize_model(model, {**WAYS[way.removesuffix(" partly")], **partly, "tune_steps": 1}, ids)
+    skip = ["*.0.*v_proj" if variant == "opt" else "*.0.*mlp*"] if partly else []
+    qlm.quantize_model(model, {**WAYS["int8"], "skip": skip, "smooth": not partly}, ids)
     found = (output_of(model, path, ids)[-2:] - expected).square().mean().item()
-    tuned = quantized_blocks[-1].facts["tuning"]
+    tuned = quantized_blocks[0].facts["tuning"]
     assert tuned["held_out_after"] == pytest.approx(found, rel=KERNEL_TOLERANCE)

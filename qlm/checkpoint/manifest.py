@@ -22,8 +22,8 @@ __all__ = ["NAME", "build", "input_facts", "read", "sha256_file", "verify"]
 
 NAME = MARKER
 FORMAT = 1
-# There where bits were chosen by a budget.
-_CHOICE = "choice"
+# There where bits were chosen by a budget, and where something was done to blocks as a whole.
+_CHOICE, _BLOCKS = "choice", "blocks"
 _KEYS = frozenset(
     {
         "format",
@@ -55,6 +55,7 @@ def build(
     bos: Any,
     config: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
+    blocks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as JSON values; write it with `PartialFolder.write_json(manifest.NAME, ...)`, keys sorted.
 
@@ -69,6 +70,7 @@ def build(
         bos: the BOS rule that calibration and evaluation followed.
         config: key values of the model's config.
         choice: where bits were chosen by a budget, what is known of that.
+        blocks: {block: facts} of those that were smoothed, or in which something was learned.
     """
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -83,6 +85,7 @@ def build(
         "bos": bos,
         "config": dict(config),
         **({_CHOICE: dict(choice)} if choice is not None else {}),
+        **({_BLOCKS: dict(blocks)} if blocks else {}),
     }
     return {**content, "checksum": _checksum(content)}
 
@@ -152,7 +155,7 @@ def _read(folder: ModelFolder) -> dict[str, Any]:
         raise DataError(f"{source}: format is {manifest.get('format')!r}; this version of qlm reads format {FORMAT}")
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     if (
-        manifest.keys() - {_CHOICE} != _KEYS
+        manifest.keys() - {_CHOICE, _BLOCKS} != _KEYS
         or manifest["checksum"] != _checksum(content)
         or strict_json.dumps(manifest) != data
     ):
