@@ -227,8 +227,13 @@ class _Work:
 
     def steps(self, key: str) -> int:
         """How many steps of learning by gradient, `rounding_steps` or `tune_steps`, are wanted here."""
-        learns = self.stream is not None and self.float_block is not None and self.stream.held_out > 0
-        return max((getattr(settings, key) for settings in self.chosen.values()), default=0) if learns else 0
+        wanted: int = max((getattr(settings, key) for settings in self.chosen.values()), default=0)
+        if not wanted or self.stream is None or self.float_block is None:
+            return 0
+        if not self.stream.held_out:
+            self.facts["learning"] = "none: a single sample of calibration text leaves none to choose by"
+            return 0
+        return wanted
 
     def loss(self) -> BlockLoss:
         """Of the block as it is now."""

@@ -18,6 +18,7 @@ from qlm import tune
 from qlm.arch import FAMILIES as SPECS
 from qlm.arch import FamilySpec
 from qlm.blocks import QuantizedBlock, stages_of
+from qlm.checkpoint import manifest
 from qlm.load import block_paths
 from qlm.numerics.gptq import round_to_nearest
 from qlm.numerics.rounding import Rounded
@@ -381,6 +382,9 @@ def test_a_folder(
         # NeoX' two are solved at once, the others one after the other.
         times = {"gptq": 1 if "parallel" in variant else 2}.get(way, 0)
         assert [facts["step"] for facts in block.facts.get("rounding", [])] == [STEPS] * times
+    assert [facts["tuning"] for facts in manifest.read(result.output)["blocks"].values()] == [
+        block.facts["tuning"] for block in whole
+    ]
     for name, facts in result.layers.items():
         learned = way == "gptq" and not name.endswith(spec.residual_linears)
         assert ("codes_learned" in facts) == learned
@@ -421,6 +425,21 @@ def test_no_steps(folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
     assert weights_of(best) == weights_of(sweeps) != weights_of(plain)
 
 
+@pytest.mark.usefixtures("last_taken")
+@pytest.mark.parametrize("skipped", ["fc2", "out_proj"])
+def test_what_nothing_comes_after_is_learned_too(
+    skipped: str, folder_of: Folder, recipe: Callable[..., Recipe], quantized_blocks: list[QuantizedBlock]
+) -> None:
+    """Also where what would make up for it stays in floating point."""
+    how = {**WAYS["gptq"], "skip": [f"*.{skipped}"]}
+    result = qlm.quantize(recipe(folder_of("opt"), "out", **how))
+    learned = {name.rpartition(".")[2] for name, facts in result.layers.items() if "codes_learned" in facts}
+    tried = {"fc2": 2, "out_proj": 1}[skipped]
+    assert all(len(block.facts["rounding"]) == tried for block in quantized_blocks)
+    assert learned <= {"q_proj", "k_proj", "v_proj", "fc1"}
+    assert "fc1" in learned
+
+
 @pytest.mark.parametrize("way", ["gptq", "int8"])
 def test_nothing_kept_aside(
     way: str, folder_of: Folder, recipe: Callable[..., Recipe], quantized_blocks: list[QuantizedBlock]
@@ -429,6 +448,7 @@ def test_nothing_kept_aside(
     none = {"tune_steps": 0, **({"rounding_steps": 0} if way == "gptq" else {})}
     with_steps = qlm.quantize(recipe(folder_of("opt"), "with", samples=1, **WAYS[way]))
     assert not any(block.facts.keys() & {"rounding", "tuning"} for block in quantized_blocks)
+    assert all("a single sample" in facts["learning"] for facts in manifest.read(with_steps.output)["blocks"].values())
     without = qlm.quantize(recipe(folder_of("opt"), "without", samples=1, **{**WAYS[way], **none}))
     assert weights_of(with_steps.output) == weights_of(without.output)
     assert not any("codes_learned" in facts for facts in with_steps.layers.values())
