@@ -4,6 +4,7 @@ Nothing here knows where weights come from or where results go; `quantize` (fold
 """
 
 import copy
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -50,6 +51,9 @@ def choose_settings(model: nn.Module, spec: FamilySpec, section: QuantizeRecipe)
             chosen[name] = settings
     if not chosen:
         raise UsageError("quantize.skip: every linear is left out; there is nothing to quantize")
+    for glob in section.input_16bit:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in chosen):
+            raise UsageError(f"quantize.input_16bit: {glob!r} matches only linears that skip leaves out; remove it")
     return chosen
 
 
@@ -116,7 +120,7 @@ class _Work:
         self.floats: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
         self.folded: dict[str, Tensor] = {}
-        # Linears whose rounding has been learned, or need not be.
+        # Linears whose rounding has been learned, or is left to the solver.
         self.learned: set[str] = set()
         self.targets: Tensor | None = None
         follows_float = stream is not None and stream.reference is not None
@@ -244,10 +248,8 @@ class _Work:
         floats = {inner: self.read(f"{self.path}.{inner}") for inner, p in self.block.named_parameters() if p.ndim == 1}
         as_multiplied = {
             self.inner(name): rounds
-            for stage in stages_of(self.spec, self.config)
-            for group in stage
-            if self.names(group) and (rounds := self.as_multiplied(group)) is not None
-            for name in self.names(group)
+            for name, settings in self.chosen.items()
+            if not settings.input_16bit and (rounds := BACKENDS[settings.backend].as_multiplied) is not None
         }
         return BlockLoss(self.block, self.stream, self.targets, floats, as_multiplied)
 
@@ -280,11 +282,17 @@ class _Work:
             self.stream.forget_attention()
 
     def tune(self) -> None:
-        """New norms and biases, by gradient."""
+        """New norms and biases, by gradient; a linear that is left out keeps its bias."""
         steps = self.steps("tune_steps")
         if not steps:
             return
-        new, tuned = tune_floats(self.loss(), self.dtype, steps)
+        left_out = {
+            f"{inner}.bias"
+            for inner, module in self.block.named_modules()
+            if isinstance(module, nn.Linear) and f"{self.path}.{inner}" not in self.chosen
+        }
+        loss = self.loss()
+        new, tuned = tune_floats(loss, self.dtype, steps, loss.floats.keys() - left_out)
         self.facts["tuning"] = tuned.facts()
         if tuned.step:
             for inner, value in new.items():

@@ -305,7 +305,8 @@ class QuantizeRecipe(_Section):
         default_factory=_preset("rounding_steps"),
         ge=0,
         le=10_000,
-        description="Steps in which the codes of a block's linears are learned by gradient from what the block makes of them.",
+        description="Steps in which codes are learned by gradient from what the block makes of them: those of all linears but the last "
+        "of attention and MLP, which are solved for afterwards.",
     )
     tune_steps: int = Field(
         default_factory=_preset("tune_steps"),

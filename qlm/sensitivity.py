@@ -207,8 +207,8 @@ def budget_of(
         smallest = rest + sum(min(layer.sizes) for layer in layers)
         if smallest > target:
             raise UsageError(
-                f"quantize.target_size: found {target} bytes, and the smallest files take {smallest}, {rest} of them "
-                "for what is not quantized; allow more"
+                f"quantize.target_size: found {section.target_size!r}; allowed: at least {smallest} bytes, {rest} of them for what is "
+                "not quantized"
             )
         budget = target - rest
     refuse_too_small(model, layers, section, budget)
@@ -219,9 +219,11 @@ def refuse_too_small(model: Any, layers: Sequence[Layer], section: QuantizeRecip
     """Raises UsageError if even the smallest choice takes more than `budget` bytes."""
     smallest, weights = sum(min(layer.sizes) for layer in layers), _numel(model, names_in(layers))
     if smallest > budget:
+        # Up, so that what is named is enough.
+        least = math.ceil(8000 * smallest / weights) / 1000
         raise UsageError(
-            f"quantize.{section.budget_key or 'bits'}: found {8 * budget / weights:.3f} stored bits per weight, and the "
-            f"least that these linears can take is {8 * smallest / weights:.3f}; allow more"
+            f"quantize.{section.budget_key or 'bits'}: found {8 * budget / weights:.3f} stored bits per weight; allowed: at least "
+            f"{least:.3f}, the least that these linears can take"
         )
 
 

@@ -107,7 +107,7 @@ class Stream:
         held_out: how many samples, the last ones, are kept aside for choices.
         arguments: what a block is called with beside its input, for each batch of `batch_size` samples.
         few: samples in a step where something is learned by gradient; `arguments_for_few` are theirs.
-        first: the first token of each window that counts.
+        first: index of the first token of each window that counts.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class Stream:
         return torch.cat([output for output in outputs if output is not None])
 
     def forget_attention(self) -> None:
-        """What leads to the attention's last linear has changed after its turn came."""
+        """What leads to the attention's last linear may have changed after its turn came."""
         self._quantized.attended.clear()
 
     def advance(self, block: nn.Module) -> None:

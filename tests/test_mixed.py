@@ -176,9 +176,9 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("key", "value", "message"),
         [
-            ("average_bits", 2.01, r"found 2\.010 stored bits per weight, and the least that these linears can take is 2\.\d+; allow more"),
-            ("target_size", "90kB", r"found 90000 bytes, and the smallest files take 1\d{5}, 1\d{5} of them for what is not quantized"),
-            ("target_size", "190kB", r"found 190000 bytes, and the smallest files take 1\d{5}, 1\d{5} of them for what is not quantized"),
+            ("average_bits", 2.01, r"found 2\.010 stored bits per weight; allowed: at least 2\.\d+, the least that these linears can take"),
+            ("target_size", "90kB", r"found '90kB'; allowed: at least 1\d{5} bytes, 1\d{5} of them for what is not quantized"),
+            ("target_size", "190kB", r"found '190kB'; allowed: at least 1\d{5} bytes, 1\d{5} of them for what is not quantized"),
         ],
     )  # fmt: skip
     def test_too_little(

@@ -426,6 +426,19 @@ def test_no_steps(folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
 
 
 @pytest.mark.usefixtures("last_taken")
+@pytest.mark.parametrize("way", ["gptq", "int8"])
+def test_what_is_left_out_keeps_its_bias(way: str, folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
+    folder = folder_of("opt")
+    result = qlm.quantize(recipe(folder, "out", **{**WAYS[way], "skip": ["*.0.fc1"]}))
+    before = load_file(folder / "model.safetensors")
+    after = {name: t for path in result.output.glob("*.safetensors") for name, t in load_file(path).items()}
+    (kept,) = [name for name in before if name.endswith("layers.0.fc1.bias")]
+    (moved,) = [name for name in before if name.endswith("layers.1.fc1.bias")]
+    assert torch.equal(after[kept], before[kept])
+    assert not torch.equal(after[moved], before[moved])
+
+
+@pytest.mark.usefixtures("last_taken")
 @pytest.mark.parametrize("skipped", ["fc2", "out_proj"])
 def test_what_nothing_comes_after_is_learned_too(
     skipped: str, folder_of: Folder, recipe: Callable[..., Recipe], quantized_blocks: list[QuantizedBlock]
