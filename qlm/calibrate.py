@@ -21,8 +21,6 @@ from qlm.recipe import DataSource, HubDataset
 
 # Longest window by default; the protocol of the GPTQ paper, and what the families were trained with at least.
 LONGEST_WINDOW = 2048
-# Tokens that go through a block at once: large enough for full speed, small enough that activations stay below a block's size.
-BATCH_TOKENS = 4096
 # A dataset of gigabytes is not read to its end for a few hundred windows: documents are drawn until this many characters a token.
 CHARACTERS_PER_TOKEN = 16
 

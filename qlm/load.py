@@ -23,7 +23,7 @@ from qlm.errors import DataError, Unavailable, UsageError
 from qlm.formats import QUANTO_MAP
 from qlm.formats.dtypes import FLOATS as FLOAT_NAMES
 from qlm.formats.dtypes import torch_dtype
-from qlm.formats.layout import TensorLayout
+from qlm.formats.layout import TensorLayout, in_block
 from qlm.tokenizer import read_tokenizer, special_tokens
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -121,6 +121,11 @@ def skeleton(spec: FamilySpec, config: Any, task: Task, attn_implementation: str
 
 def linear_paths(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def biases_everywhere(model: nn.Module) -> bool:
+    """Whether all linears of the blocks have a bias, which can take the mean error of an output off."""
+    return all(model.get_submodule(name).bias is not None for name in linear_paths(model) if in_block(name))
 
 
 def block_paths(spec: FamilySpec, model: Any) -> list[str]:

@@ -17,13 +17,13 @@ import torch
 
 from qlm.backends import BACKENDS
 from qlm.blocks import choose_settings, stages_of
-from qlm.calibrate import BATCH_TOKENS, calibration_dtype, window_length
+from qlm.calibrate import calibration_dtype, window_length
 from qlm.errors import CannotCreate, Unavailable, UsageError
 from qlm.formats.dtypes import DTYPES
 from qlm.load import block_paths, check_attention, open_source, tied_names
 from qlm.recipe import Recipe
 from qlm.sensitivity import SLICE_LOGITS, Layer, budget_of, measured_at
-from qlm.stream import FEW, HELD_OUT
+from qlm.stream import BATCH_TOKENS, FEW, HELD_OUT
 from qlm.tune import LOOK
 
 # Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.

@@ -38,6 +38,7 @@ from qlm.formats.dtypes import torch_dtype
 from qlm.formats.layout import in_block
 from qlm.load import (
     Source,
+    biases_everywhere,
     block_paths,
     check_attention,
     fill,
@@ -325,12 +326,10 @@ def stream_of(
     model: Any, spec: FamilySpec, first_block: str, windows: Tensor, device: str, section: QuantizeRecipe
 ) -> Stream:
     """The stream that a `quantize` section asks for."""
-    # A bias takes the mean error of an output off; where all outputs have one, nothing else need care for means.
-    biases = all(model.get_submodule(name).bias is not None for name in linear_paths(model) if in_block(name))
     return Stream(
         model, spec, first_block, windows, device,
         reference=section.follows_float, held_out=section.holds_out, ignore_first=section.ignore_first,
-        about_mean=section.bias_correction and biases,
+        about_mean=section.bias_correction and biases_everywhere(model),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from qlm.errors import UsageError
 from qlm.formats.dtypes import DTYPES
 from qlm.formats.gptq import group_size_of
 from qlm.formats.layout import in_block
-from qlm.load import block_paths, linear_paths
+from qlm.load import biases_everywhere, block_paths, linear_paths
 from qlm.numerics.allocate import allocate
 from qlm.recipe import (
     PRESETS,
@@ -425,9 +425,7 @@ def _costs(
 ) -> list[list[float]]:
     """Predicted KL, in nats a token, of each layer at each of its options."""
     device = str(model.get_input_embeddings().weight.device)
-    # As in quantize.py: where every output has a bias that takes its mean error off, errors are about the mean.
-    biases = all(model.get_submodule(name).bias is not None for name in linear_paths(model) if in_block(name))
-    about_mean = section.bias_correction and biases
+    about_mean = section.bias_correction and biases_everywhere(model)
     stream = Stream(model, spec, blocks[0], fitted, device, ignore_first=section.ignore_first, about_mean=about_mean)
     aside = Stream(model, spec, blocks[0], measured, device)
     costs: dict[tuple[str, ...], list[float]] = {}

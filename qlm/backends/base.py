@@ -197,6 +197,15 @@ def refuse_not_finite(name: str, tensor: Tensor, blame: str = "the checkpoint is
     )
 
 
+def refuse_singular(names: str, error: ValueError, settings: LinearSettings) -> None:
+    """Raises DataError for a Hessian that cannot be used, unless the recipe has such linears rounded to nearest."""
+    if settings.on_failure == "error":
+        raise DataError(
+            f"{names}: the Hessian of the calibration text cannot be used: {error}; use more or other text, "
+            "or accept rounding to nearest for such layers with quantize.on_failure: round_to_nearest"
+        ) from None
+
+
 def refused(weights: Mapping[str, Tensor], error: ValueError) -> DataError:
     """What a solver has refused, with the names of the linears whose weights [O, I] it had been given one below the other, or with
     the one name and the output that it is about."""

@@ -23,11 +23,12 @@ from qlm.backends.base import (
     TensorLayout,
     apply_keeping_dtypes,
     refuse_not_finite,
+    refuse_singular,
     refused,
     relative_error,
 )
 from qlm.backends.target import bias_shift_of, target_of
-from qlm.errors import DataError, UsageError
+from qlm.errors import UsageError
 from qlm.formats import gptq as gptq_format
 from qlm.formats.dtypes import dtype_name
 from qlm.formats.gptq import GptqFormat, group_size_of
@@ -176,11 +177,7 @@ class GptqBackend:
         try:
             factor = factorize_in_order(statistics.hessian, settings.order, group_size, settings.damp)
         except SingularHessian as error:
-            if settings.on_failure == "error":
-                raise DataError(
-                    f"{names}: the Hessian of the calibration text cannot be used: {error}; use more or other text, "
-                    "or accept rounding to nearest for such layers with quantize.on_failure: round_to_nearest"
-                ) from None
+            refuse_singular(names, error, settings)
             factor = unit_factor(weight.shape[1], weight.device)
             result = gptq(weight, factor, group_size=group_size, **grid)
             size = row_losses(weight, factor)

@@ -22,12 +22,12 @@ from qlm.backends.base import (
     apply_keeping_dtypes,
     only_format,
     refuse_not_finite,
+    refuse_singular,
     refused,
     relative_error,
     row_squares,
 )
 from qlm.backends.target import bias_shift_of, target_of
-from qlm.errors import DataError
 from qlm.formats import int8
 from qlm.formats.dtypes import dtype_name
 from qlm.formats.int8 import Int8Format
@@ -125,11 +125,7 @@ class Int8Backend:
                 sweeps=settings.sweeps,
             )  # fmt: skip
         except SingularHessian as error:
-            if settings.on_failure == "error":
-                raise DataError(
-                    f"{names}: the Hessian of the calibration text cannot be used: {error}; use more or other text, "
-                    "or accept rounding to nearest for such layers with quantize.on_failure: round_to_nearest"
-                ) from None
+            refuse_singular(names, error, settings)
             facts = {"why": str(error), **_about_input(statistics, settings)}
             return [self._plain(weight, **facts) for weight in weights.values()]
         except ValueError as error:

@@ -19,13 +19,14 @@ from qlm.backends.base import (
     TensorLayout,
     only_format,
     refuse_not_finite,
+    refuse_singular,
     refused,
     relative_error,
     row_squares,
 )
 from qlm.backends.nf4_linear import make_nf4_linear
 from qlm.backends.target import bias_shift_of, target_of
-from qlm.errors import DataError, UsageError
+from qlm.errors import UsageError
 from qlm.formats import nf4
 from qlm.formats.dtypes import TORCH_NAMES, dtype_name
 from qlm.formats.nf4 import BLOCK, NESTED_BLOCK, STATE, Nf4Format
@@ -100,11 +101,7 @@ class Nf4Backend:
                 target, strength = target_of(stacked, statistics, settings, factor)
                 facts |= {"damp": factor.damp, "tokens": statistics.tokens, "target_shift": strength}
         except SingularHessian as error:
-            if settings.on_failure == "error":
-                raise DataError(
-                    f"{names}: the Hessian of the calibration text cannot be used: {error}; use more or other text, "
-                    "or accept rounding to nearest for such layers with quantize.on_failure: round_to_nearest"
-                ) from None
+            refuse_singular(names, error, settings)
             hessian, factor, target, statistics = None, None, stacked, None
             facts["why"] = str(error)
         if settings.compensate and factor is not None:
