@@ -194,7 +194,9 @@ class _Work:
         """The linears of one stage; what is known of their inputs is given back afterwards."""
         as_multiplied = {group: rounds for group in groups if (rounds := self.as_multiplied(group)) is not None}
         statistics: Mapping[LinearGroup, Statistics] = (
-            self.stream.statistics(self.block, groups, self.path, self.float_block, as_multiplied)
+            self.stream.statistics(
+                self.block, groups, self.path, self.float_block, as_multiplied, absmax=self.rounds_activations()
+            )
             if self.stream and groups
             else {}
         )
@@ -217,6 +219,10 @@ class _Work:
         if any(how.input_16bit for how in settings):
             return None
         return BACKENDS[settings[0].backend].as_multiplied
+
+    def rounds_activations(self) -> bool:
+        """Whether it matters how large single activations are."""
+        return any(BACKENDS[settings.backend].as_multiplied is not None for settings in self.chosen.values())
 
     def names(self, group: LinearGroup) -> list[str]:
         """The linears of a group that are quantized."""

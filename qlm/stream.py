@@ -19,6 +19,7 @@ from qlm.arch import FamilySpec, LinearGroup
 from qlm.backends import Statistics
 from qlm.calibrate import evaluation_mode
 from qlm.errors import DataError
+from qlm.kernels import cpu_ops
 from qlm.numerics.gptq import add_gram_, finish_hessian_
 
 # Tokens that go through a block at once: large enough for full speed, small enough that activations stay below a block's size.
@@ -50,14 +51,15 @@ class _Sums:
 
     def add(self, x: Tensor, target: Tensor | None, lag: Tensor | None) -> None:
         """x, target [T, I]: the input in the quantized model, and in the float one. lag fp32 [T, O]: as in `Statistics`."""
-        x = x.float()
+        if self.about_mean or target is not None:
+            x = x.float()
         target = None if target is None or lag is not None else target.float()
         if not self.tokens:
             # Small differences of large means would be lost in squares: these are of differences from the first tokens' means.
-            self.origin = x.mean(0).mul_(self.about_mean)
+            self.origin = x.mean(0, dtype=torch.float32).mul_(self.about_mean)
             self.target_origin = None if target is None else target.mean(0).mul_(self.about_mean)
-            self.sum = torch.zeros_like(x[0])
-            self.hessian = x.new_zeros(x.shape[1], x.shape[1])
+            self.sum = torch.zeros_like(self.origin)
+            self.hessian = self.sum.new_zeros(x.shape[1], x.shape[1])
             self.other_sum = (
                 None if target is None and lag is None else torch.zeros_like((x if lag is None else lag)[0])
             )
@@ -65,8 +67,9 @@ class _Sums:
         self.tokens += len(x)
         if self.about_mean:
             x = x - self.origin
-        add_gram_(self.hessian, x)
-        self.sum += x.sum(0)
+        if not cpu_ops.add_gram_(self.hessian, x):
+            add_gram_(self.hessian, x)
+        self.sum += x.sum(0, dtype=torch.float32)
         other = lag if target is None or self.target_origin is None else target - self.target_origin
         if other is not None and self.product is not None and self.other_sum is not None:
             self.product.addmm_(other.T, x)
@@ -176,18 +179,20 @@ class Stream:
         path: str,
         float_block: nn.Module | None = None,
         as_multiplied: Mapping[LinearGroup, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+        absmax: bool = False,
     ) -> Mapping[LinearGroup, Statistics]:
         """What `groups` read, from one pass through the block that ends when the last of them has been reached.
 
         Args:
             float_block: the block as it was before anything in it was quantized; with a reference only.
             as_multiplied: what the linears of a group make of their input [..., I] before they multiply it, if anything.
+            absmax: the largest |x| of each feature too.
         Raises:
             DataError: an activation is NaN, infinite or too large to be squared; names the layer and the first such feature.
         """
         fitted: dict[LinearGroup, _Sums] = {}
         aside: dict[LinearGroup, _Sums] = {}
-        absmax: dict[LinearGroup, Tensor] = {}
+        largest: dict[LinearGroup, Tensor] = {}
         split = len(self.hidden) - self.held_out
         for index, first in enumerate(range(0, len(self.hidden), self.batch_size)):
             here = self._reads(block, self._quantized, index, groups)
@@ -195,8 +200,9 @@ class Stream:
             for group, read in here.items():
                 rounded = as_multiplied.get(group)
                 x = read.x if rounded is None else rounded(read.x)
-                of_batch = self._rows(read.x).abs().amax(0)
-                absmax[group] = torch.maximum(absmax[group], of_batch) if group in absmax else of_batch
+                if absmax:
+                    of_batch = self._rows(read.x).abs().amax(0)
+                    largest[group] = torch.maximum(largest[group], of_batch) if group in largest else of_batch
                 target = there.get(group)
                 lag = None
                 if target is not None and target.sum is not None and read.sum is not None:
@@ -217,7 +223,7 @@ class Stream:
         found = {}
         for group in groups:
             kept = aside[group].finish(None) if group in aside else None
-            found[group] = replace(fitted[group].finish(kept), absmax=absmax[group].float())
+            found[group] = replace(fitted[group].finish(kept), absmax=largest[group].float() if absmax else None)
             for of_group in (found[group], kept):
                 if of_group is not None:
                     _refuse_not_finite(of_group, f"{path}.{group.linears[0]}")

@@ -33,6 +33,8 @@ LEAF = 16
 PIVOT_BATCH = 16
 # Columns of a triangle that one product fills; below this a full square product is faster than its triangle.
 TRIANGLE_CHUNK = 256
+# What a sum of products is made symmetric by; divides TRIANGLE_CHUNK.
+TILE = 64
 
 
 class SingularHessian(ValueError):
@@ -91,7 +93,7 @@ class GptqResult:
 
 
 def add_gram_(hessian: Tensor, x: Tensor) -> None:
-    """hessian += x^T x, lower block triangle only (`finish_hessian_` mirrors it). hessian fp32 [I, I], x [T, I]."""
+    """hessian += x^T x, at least the lower triangle's tiles of `TILE` (`finish_hessian_` mirrors them). hessian fp32 [I, I], x [T, I]."""
     x = x.float()
     for start in range(0, hessian.shape[0], TRIANGLE_CHUNK):
         stop = min(start + TRIANGLE_CHUNK, hessian.shape[0])
@@ -100,8 +102,8 @@ def add_gram_(hessian: Tensor, x: Tensor) -> None:
 
 def finish_hessian_(hessian: Tensor, tokens: int) -> Tensor:
     """The sum that `add_gram_` gathered, made symmetric and divided by the number of tokens, in place."""
-    for start in range(0, hessian.shape[0], TRIANGLE_CHUNK):
-        stop = min(start + TRIANGLE_CHUNK, hessian.shape[0])
+    for start in range(0, hessian.shape[0], TILE):
+        stop = min(start + TILE, hessian.shape[0])
         hessian[start:stop, stop:] = hessian[stop:, start:stop].T
     return hessian.div_(tokens)
 

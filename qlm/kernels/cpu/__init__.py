@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from qlm.errors import DataError, MissingInput, QlmError, Unavailable, UsageError
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 LIBRARY: Final = "libqlm_cpu.so"
 MOST_THREADS: Final = 256
 
@@ -155,6 +155,8 @@ FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "qlm_int8_row_sums": (STATUS, [_handle, c_void_p, c_int64, c_int64, c_void_p]),
     "qlm_int8_quantize_rows": (STATUS, [_handle, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
     "qlm_gptq_arrange": (STATUS, [_handle, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32, c_void_p]),
+    "qlm_gram_bf16": (STATUS, [_handle, c_void_p, c_int64, c_int64, c_void_p]),
+    "qlm_gram_bf16_runs_here": (c_int32, []),
     "qlm_read_bandwidth": (STATUS, [_handle, c_void_p, c_int64, POINTER(c_double)]),
     "qlm_decoder_create": (STATUS, [POINTER(Model), _handle, c_int32, _out]),
     "qlm_decoder_destroy": (None, [_handle]),

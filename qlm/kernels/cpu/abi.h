@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define QLM_ABI_VERSION 1
+#define QLM_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define QLM_API __attribute__((visibility("default")))
@@ -59,7 +59,7 @@ typedef struct qlm_team qlm_team;
  * time; callers from several threads wait for each other. After fork() the child's team starts workers of its own. */
 QLM_API int qlm_team_create(int32_t threads, qlm_team **team);
 /* A team that runs on an OpenMP pool that is in the process already (torch's), given the address of its GOMP_parallel,
- * so that there is no second pool. For qlm_linear_forward only. */
+ * so that there is no second pool. For qlm_linear_forward and qlm_gram_bf16 only. */
 QLM_API int qlm_team_borrow(void *gomp_parallel, int32_t threads, qlm_team **team);
 QLM_API void qlm_team_destroy(qlm_team *team);
 QLM_API int32_t qlm_team_threads(const qlm_team *team);
@@ -111,6 +111,11 @@ QLM_API int qlm_int8_quantize_rows(qlm_team *team, const void *weight, int32_t d
  * NULL, or [I]: storage position i becomes in feature order[i]. */
 QLM_API int qlm_gptq_arrange(qlm_team *team, const int32_t *qweight, int32_t bits, int64_t in_features,
                              int64_t out_features, const int32_t *order, int32_t strip, int32_t *arranged);
+/* hessian [I, I] += x^T x, the 64 x 64 tiles of its lower triangle alone (whole tiles on the diagonal); x [T, I] bfloat16, I a
+ * multiple of 64. The same bits for any number of threads. Where `qlm_gram_bf16_runs_here` is 1. */
+QLM_API int qlm_gram_bf16(qlm_team *team, const uint16_t *x, int64_t tokens, int64_t features, float *hessian);
+/* 1 if the instruction set in use is avx512vnni and the CPU has AVX512-BF16, else 0. */
+QLM_API int32_t qlm_gram_bf16_runs_here(void);
 /* GB/s at which the team reads `bytes` of memory at `data` once, by nothing but wide loads: the machine's ceiling. */
 QLM_API int qlm_read_bandwidth(qlm_team *team, const void *data, int64_t bytes, double *gigabytes_per_s);
 

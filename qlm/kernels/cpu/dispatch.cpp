@@ -16,7 +16,7 @@
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false;
 };
 
 #if defined(__x86_64__)
@@ -40,11 +40,12 @@ Features detect() {
   found.avx2 = ymm && bit(b, 5) && fma && f16c;
   found.avx512vnni = zmm && found.avx2 && avx512 && bit(c, 11);
   const uint32_t subleaves = a;
+  const bool has_more = subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0;
+  found.avx512bf16 = has_more && found.avx512vnni && bit(a, 5);
 #if defined(QLM_TEST_AVXVNNI_EVEX)
-  (void)subleaves;
   found.avxvnni = found.avx512vnni;
 #else
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) found.avxvnni = found.avx2 && bit(a, 4);
+  found.avxvnni = has_more && found.avx2 && bit(a, 4);
 #endif
   return found;
 }
@@ -110,6 +111,8 @@ const Entry &current() {
 namespace qlm {
 
 const Kernels &selected() { return *current().kernels; }
+
+bool has_avx512_bf16() { return features().avx512bf16 && std::strcmp(current().name, "avx512vnni") == 0; }
 
 }  // namespace qlm
 

@@ -91,6 +91,8 @@ namespace avx512vnni { extern const Kernels kernels; }
 
 // The table in use (dispatch.cpp).
 const Kernels &selected();
+// Whether that is avx512vnni and the CPU has AVX512-BF16 as well.
+bool has_avx512_bf16();
 
 // Whether one preparation serves both linears: they read the same input, in the same layout.
 bool same_preparation(const qlm_linear &a, const qlm_linear &b);

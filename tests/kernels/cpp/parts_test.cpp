@@ -269,6 +269,34 @@ void attention(const Kernels &k, Memory &memory, Random &random) {
   }
 }
 
+// Rows and sums end at guard pages; the number of tokens is odd, and more than are packed at once.
+void gram(Memory &memory, Random &random) {
+  if (!qlm_gram_bf16_runs_here()) return;
+  for (const int64_t tokens : {1, 255, 1031})
+    for (const int64_t features : {64, 192}) {
+      uint16_t *const x = memory.a.place<uint16_t>(tokens * features);
+      for (int64_t i = 0; i < tokens * features; ++i) x[i] = to_bf16(random.normal());
+      float *const hessian = memory.b.place<float>(features * features);
+      std::fill(hessian, hessian + features * features, 1.0f);
+      qlm_team *team = nullptr;
+      CHECK(qlm_team_create(2, &team) == QLM_OK);
+      CHECK(qlm_gram_bf16(team, x, tokens, features, hessian) == QLM_OK, "%s", qlm_error());
+      qlm_team_destroy(team);
+      for (int64_t i = 0; i < features; ++i)
+        for (int64_t j = 0; j <= i; ++j) {
+          double expected = 1, size = 1;
+          for (int64_t t = 0; t < tokens; ++t) {
+            const double product = bf16_value(x[t * features + i]) * bf16_value(x[t * features + j]);
+            expected += product, size += std::fabs(product);
+          }
+          const double value = static_cast<double>(hessian[i * features + j]);
+          // The error of 256 sums, one after the other: their square root, times the rounding of each.
+          CHECK(std::fabs(value - expected) <= 16 * EPSILON * size, "%d tokens, (%d, %d): %.9g, expected %.9g",
+                static_cast<int>(tokens), static_cast<int>(i), static_cast<int>(j), value, expected);
+        }
+    }
+}
+
 }  // namespace
 
 void test_parts() {
@@ -283,6 +311,7 @@ void test_parts() {
     rotate(k, memory, random);
     sums_and_tests(k, memory, random);
     attention(k, memory, random);
+    gram(memory, random);
   }
   CHECK(qlm_isa_select(nullptr) == QLM_OK);
 }
