@@ -22,7 +22,7 @@ from qlm.errors import CannotCreate, Unavailable, UsageError
 from qlm.formats.dtypes import DTYPES
 from qlm.load import block_paths, check_attention, open_source, tied_names
 from qlm.recipe import Recipe
-from qlm.sensitivity import SLICE_LOGITS, Layer, budget_of, measured_at
+from qlm.sensitivity import SLICE_LOGITS, Layer, budget_of, measured_at, names_in
 from qlm.stream import BATCH_TOKENS, FEW, HELD_OUT
 from qlm.tune import LOOK
 
@@ -150,17 +150,19 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
             stored[name] = numel[name] * dtype.itemsize
     disk = sum(stored.values()) + SMALL_FILES_BYTES
 
-    first = [name for name in numel if name.startswith(f"{blocks[0]}.")]
+    # Blocks are alike, but what is left out of them need not be: the one that takes most stands for all.
+    block = max(blocks, key=lambda path: sum(numel[f"{name}.weight"] for name in chosen if name.startswith(f"{path}.")))
+    first = [name for name in numel if name.startswith(f"{block}.")]
     outside = [name for name in numel if not name.startswith(tuple(f"{b}." for b in blocks))]
     block_weights, outside_weights = sum(numel[n] for n in first), sum(numel[n] for n in outside)
     largest = max((shapes[n] for n in first if len(shapes[n]) == 2), key=lambda s: s[0] * s[1])
-    shard = sum(stored[n] for n in first)
+    shard = max(sum(stored[n] for n in numel if n.startswith(f"{path}.")) for path in blocks)
     # A shard is serialized in memory before it is written, and the embedding likewise.
     quantize_memory = max(3 * shard + 12 * largest[0] * largest[1], 3 * outside_weights * dtype.itemsize)
     quantize_seconds = sum(numel.values()) / 2e8
     if recipe.quantize.needs_calibration:
         quantize_memory, quantize_seconds = _calibrated(
-            recipe, source, model, chosen, shapes, block_weights, outside_weights, shard, len(blocks)
+            recipe, source, block, chosen, shapes, block_weights, outside_weights, shard, len(blocks)
         )
     if layers is not None:
         choosing = _choosing(recipe, source, model, shapes, layers, blocks)
@@ -191,7 +193,7 @@ def _positions(source: Any) -> int:
 def _calibrated(
     recipe: Recipe,
     source: Any,
-    model: Any,
+    first: str,
     chosen: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     block_weights: int,
@@ -199,7 +201,7 @@ def _calibrated(
     shard: int,
     blocks: int,
 ) -> tuple[float, float]:
-    """Memory and time of calibrated quantizing: the stream, one block, the Hessians of one stage, and the solver's copies."""
+    """Memory and time of calibrated quantizing: the stream, one block, `first`, the Hessians of one stage, and the solver's copies."""
     assert recipe.calibration is not None
     compute = calibration_dtype("cpu")
     length = window_length(recipe.calibration.length, _positions(source))
@@ -208,7 +210,6 @@ def _calibrated(
     sides = 2 if recipe.quantize.follows_float else 1
     # Concatenating the batches holds both for a moment; after that comes the float model's copy.
     stream = 2 * tokens * hidden * compute.itemsize
-    first = block_paths(source.spec, model)[0]
     hessians, largest_group, products = 0, 0, 0
     stages = stages_of(source.spec, source.config)
     for stage in stages:
@@ -293,7 +294,10 @@ def _choosing(
     samples = recipe.calibration.samples
     drawn, aside = measured_at(layers, model, (samples, length))
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
-    first = [name for name in numel if name.startswith(f"{blocks[0]}.")]
+    # That which most is chosen for stands for all.
+    weights = {path: sum(numel[f"{n}.weight"] for n in names_in(layers) if n.startswith(f"{path}.")) for path in blocks}
+    block = max(blocks, key=weights.__getitem__)
+    first = [name for name in numel if name.startswith(f"{block}.")]
     widest = max(max(shapes[name]) for name in first)
     whole, in_block = sum(numel.values()), sum(numel[name] for name in first)
 
@@ -302,7 +306,7 @@ def _choosing(
         rows = sum(shapes[f"{name}.weight"][0] for name in layer.names)
         inputs = shapes[f"{layer.names[0]}.weight"][1]
         outputs += rows
-        if layer.names[0].startswith(f"{blocks[0]}."):
+        if layer.names[0].startswith(f"{block}."):
             inputs_of_block += inputs
             hessians += 4 * inputs * inputs
         solver = max(solver, 4 * HESSIAN_COPIES * inputs * inputs + 7 * 4 * rows * inputs + 8 * drawn * rows)

@@ -132,9 +132,13 @@ def choose_bits(
         budget: stored bytes of the quantized linears at most (`budget_of`).
         progress: called with what is being done, how much of it is done, and how much there is.
     Raises:
-        UsageError: no option fits a linear, the budget is too small, or the model has no language-model head.
+        UsageError: no option fits a linear, the budget is too small, the model has no language-model head, or it is in float16.
         DataError: as `quantize`.
     """
+    if model.get_input_embeddings().weight.dtype == torch.float16:
+        raise UsageError(
+            "model: found float16, in which gradients are lost or overflow; load it in bfloat16 or float32 to have its bits chosen"
+        )
     blocks = block_paths(spec, model)
     layers = layers_of(model, spec, section, options)
     refuse_too_small(model, layers, section, budget)
@@ -142,6 +146,8 @@ def choose_bits(
     measured = windows[-aside:]
     fitted = windows[:-aside] if len(windows) > aside else windows
     drawn = torch.randperm(measured.numel(), generator=torch.Generator().manual_seed(0))[:tokens].sort().values
+    if section.ignore_first and windows.shape[1] > 1:
+        drawn = drawn[drawn % windows.shape[1] > 0]
     with evaluation_mode(model):
         names = names_in(layers)
         gradients = output_gradients(model, blocks, names, measured, drawn, progress)
@@ -454,10 +460,10 @@ def _costs(
             gradient = [gradients.pop(name) for name in layer.names]
             # Biases take up the mean error, where there are any and the section says so.
             has_bias = model.get_submodule(layer.names[0]).bias is not None
-            costs[layer.names] = [
-                _cost(weight, statistics[group], how, torch.cat(inputs[group]), gradient, has_bias)
-                for how in layer.options.values()
-            ]
+            x, found = torch.cat(inputs[group]), statistics[group]
+            # In the float model there is nothing of earlier layers to repair; the mean is there for the correction of biases.
+            alone = Statistics(found.hessian, found.tokens, mean=found.mean, target_mean=found.mean, factors={})
+            costs[layer.names] = [_cost(weight, alone, how, x, gradient, has_bias) for how in layer.options.values()]
         stream.advance(block)
     return [costs[layer.names] for layer in layers]
 
@@ -498,10 +504,8 @@ def _cost(
     """1/2 E[(g . e)^2], the predicted KL in nats a token. x [tokens, I]; gradients [tokens, O] of each linear."""
     backend = BACKENDS[settings.backend]
     settings = replace(settings, **CHEAP)
-    # In the float model there is nothing of earlier layers to repair; the mean is there for the correction of biases.
-    alone = Statistics(statistics.hessian, statistics.tokens, mean=statistics.mean, target_mean=statistics.mean)
     moved = torch.zeros(len(x), device=x.device)
-    results = backend.quantize(weights, alone, settings)
+    results = backend.quantize(weights, statistics, settings)
     for weight, gradient, result in zip(weights.values(), gradients, results, strict=True):
         quantized = backend.dequantize(
             result.tensors, (weight.shape[0], weight.shape[1]), backend.format(settings, torch.float16)

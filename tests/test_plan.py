@@ -167,6 +167,23 @@ def test_longer_calibration_needs_more(folder_of: Folder, text_file: Path, tmp_p
     assert many.quantize_seconds > few.quantize_seconds
 
 
+@pytest.mark.parametrize("key", ["skip", "average_bits"])
+def test_the_first_block_may_be_left_out(key: str, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
+    """What a model needs does not depend on which of its blocks stays as it is."""
+    folder = folder_of("opt")
+    of_all = {"average_bits": 3.5} if key == "average_bits" else {}
+    needs = [
+        plan(
+            parse_recipe(
+                recipe_text(folder, tmp_path / "out", "gptq", text_file, skip=[f"*.layers.{index}.*"], **of_all),
+                "r.yaml",
+            )
+        )
+        for index in (0, 1)
+    ]
+    assert (needs[0].quantize_memory, needs[0].disk) == (needs[1].quantize_memory, needs[1].disk)
+
+
 class TestLearning:
     """What `best` does beside `balanced`. Measured on one block of OPT and of NeoX 768 wide, 8 windows of 512 tokens and 3 of 1,536, five
     steps of each kind: peaks 0.68-0.73 of the plan's, times 0.84-1.16."""

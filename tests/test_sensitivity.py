@@ -227,8 +227,24 @@ class TestChoice:
     def test_one_window_is_enough(self) -> None:
         assert choose(tiny_models.build("opt"), 3.4, windows=windows(1)).average_bits <= 3.4
 
+    def test_first_tokens_that_are_ignored_cost_nothing(self) -> None:
+        ids = windows(4, 32)
+        with_all, without = (
+            choose(tiny_models.build("opt"), 3.4, section_of(ignore_first=ignored), windows=ids).facts
+            for ignored in (False, True)
+        )
+        # Half of the windows are kept aside, and all of their tokens are looked at.
+        assert (with_all["tokens"], without["tokens"]) == (2 * 32, 2 * 31)
+        assert with_all["predicted_kl"] != without["predicted_kl"]
+
 
 class TestRefuses:
+    def test_a_model_in_float16(self) -> None:
+        with pytest.raises(
+            UsageError, match="found float16, in which gradients are lost or overflow; load it in bfloat16"
+        ):
+            choose(tiny_models.build("opt").half(), 3.4)
+
     def test_a_budget_that_is_too_small(self) -> None:
         with pytest.raises(
             UsageError,

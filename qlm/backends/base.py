@@ -17,6 +17,7 @@ from qlm.errors import DataError
 from qlm.formats.layout import TensorLayout
 from qlm.kernels import activations
 from qlm.numerics.affine import RowError
+from qlm.numerics.gptq import Factor, factorize_in_order
 from qlm.recipe import LinearSettings
 
 # A path in the model (as in memory) to how that linear is stored. Each backend has its own frozen dataclass for the how.
@@ -41,6 +42,7 @@ class Statistics:
             model; where the linear's output is added to the residual stream. It holds what all layers before have lost.
         mean_lag: fp32 [O], E[s' - s].
         held_out: the same of samples that were kept aside.
+        factors: of the Hessian, by what they were made with; kept where a dictionary is given, for those who solve several times.
     """
 
     hessian: Tensor
@@ -52,6 +54,17 @@ class Statistics:
     mean_lag: Tensor | None = None
     absmax: Tensor | None = None
     held_out: "Statistics | None" = None
+    factors: "dict[tuple[str, int, float], Factor] | None" = None
+
+    def factor(self, order: str, group_size: int, damp: float) -> Factor:
+        """`factorize_in_order` of the Hessian. Raises SingularHessian."""
+        how = order, group_size, damp
+        found = self.factors.get(how) if self.factors is not None else None
+        if found is None:
+            found = factorize_in_order(self.hessian, *how)
+            if self.factors is not None:
+                self.factors[how] = found
+        return found
 
     def lag_of(self, weight: Tensor) -> Tensor | None:
         """What the outputs of linears [O, I] that multiply x lag behind the float model's, with x: fp32 [O, I]; None if unknown."""

@@ -37,7 +37,6 @@ from qlm.kernels.ops import dequantize_gptq, gptq_activations, gptq_linear
 from qlm.numerics.gptq import (
     GptqResult,
     SingularHessian,
-    factorize_in_order,
     gptq,
     keep_nearest_where_better,
     row_losses,
@@ -175,7 +174,7 @@ class GptqBackend:
         }  # fmt: skip
         facts = {"bits": settings.bits, "group_size": settings.group_size, "tokens": statistics.tokens}
         try:
-            factor = factorize_in_order(statistics.hessian, settings.order, group_size, settings.damp)
+            factor = statistics.factor(settings.order, group_size, settings.damp)
         except SingularHessian as error:
             refuse_singular(names, error, settings)
             factor = unit_factor(weight.shape[1], weight.device)
