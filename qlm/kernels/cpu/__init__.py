@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from qlm.errors import DataError, MissingInput, QlmError, Unavailable, UsageError
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 LIBRARY: Final = "libqlm_cpu.so"
 MOST_THREADS: Final = 256
 
@@ -70,6 +70,9 @@ class Linear(Structure):
         ("nested_absmax", c_void_p),
         ("nested_block", c_int64),
         ("nested_offset", c_float),
+        ("rank", c_int32),
+        ("adapter_a", c_void_p),
+        ("adapter_b", c_void_p),
     ]
 
 

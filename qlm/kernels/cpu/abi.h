@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define QLM_ABI_VERSION 2
+#define QLM_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define QLM_API __attribute__((visibility("default")))
@@ -93,6 +93,9 @@ typedef struct qlm_linear {
   const float *nested_absmax;        /* NF4 nested: [ceil(O * I / block / nested_block)] */
   int64_t nested_block;
   float nested_offset;
+  int32_t rank;                      /* of the adapter beside it, y += B (A x), before an activation; 0: there is none */
+  const float *adapter_a;            /* [rank, I] */
+  const float *adapter_b;            /* B transposed, [rank, O], its scaling included */
 } qlm_linear;
 
 /* QLM_OK if the kernels can run this layer. */

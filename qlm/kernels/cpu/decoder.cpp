@@ -275,12 +275,12 @@ struct Step {
   }
 
   void prepare(const qlm_linear &linear, int64_t count, int64_t t, const float *x, void *prepared) {
-    k.linear[linear.format].prepare(linear, count, t, x, prepared);
+    qlm::prepare(k, linear, count, t, x, prepared);
   }
 
   void run(const Job &job, int64_t count, int64_t item) {
     const int64_t o0 = job.split.start(item), o1 = job.split.start(item + 1);
-    k.linear[job.linear->format].run(*job.linear, count, job.prepared, o0, o1, job.epilogue, job.y, job.y_stride);
+    qlm::run(k, *job.linear, count, job.prepared, o0, o1, job.epilogue, job.y, job.y_stride);
   }
 
   // All items of the jobs; no barrier.
@@ -723,7 +723,7 @@ void reserve(qlm_decoder &decoder, bool with_block_logits) {
   auto slots = [&](Buffer *buffers, int64_t tokens, int64_t head_rows) {
     int64_t bytes[SLOTS] = {};
     auto need = [&](Slot slot, const qlm_linear &linear, int64_t count) {
-      if (count > 0) bytes[slot] = std::max(bytes[slot], k.linear[linear.format].prepared_bytes(linear, count));
+      if (count > 0) bytes[slot] = std::max(bytes[slot], qlm::prepared_bytes(k, linear, count));
     };
     for (size_t l = 0; l < decoder.blocks.size(); ++l) {
       const qlm_block &block = decoder.blocks[l];

@@ -8,6 +8,11 @@ namespace QLM_ISA {
 
 extern const LinearKernel linear_float, linear_int8, linear_gptq, linear_nf4;  // linear_*.cpp
 
+// low_rank.cpp
+void low_rank_down(const qlm_linear &linear, const float *x, float *hidden);
+void low_rank_up(const qlm_linear &linear, int64_t tokens, const float *hidden, int64_t o0, int64_t o1, int32_t activation,
+                 float *y, int64_t y_stride);
+
 // elementwise.cpp
 void layer_norm(const float *x, const qlm_norm &norm, float eps, int64_t width, float *y);
 void embed(const void *table, int32_t dtype, int64_t id, int64_t width, bool add, float *y);

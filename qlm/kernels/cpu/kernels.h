@@ -59,6 +59,11 @@ constexpr int64_t ATTENTION_ROWS = 16;
 
 struct Kernels {
   LinearKernel linear[4];  // by qlm_format
+  // A linear's adapter, `rank` > 0: hidden [rank] = A x; then y = activation(y + B hidden) for o0 <= o < o1 of all tokens, hidden
+  // [tokens, rank].
+  void (*low_rank_down)(const qlm_linear &linear, const float *x, float *hidden);
+  void (*low_rank_up)(const qlm_linear &linear, int64_t tokens, const float *hidden, int64_t o0, int64_t o1, int32_t activation,
+                      float *y, int64_t y_stride);
 
   // LayerNorm over width E, two-pass in float32; weight and bias may be NULL. y may be x.
   void (*layer_norm)(const float *x, const qlm_norm &norm, float eps, int64_t width, float *y);
@@ -93,6 +98,13 @@ namespace avx512vnni { extern const Kernels kernels; }
 const Kernels &selected();
 // Whether that is avx512vnni and the CPU has AVX512-BF16 as well.
 bool has_avx512_bf16();
+
+// A linear with its adapter, if it has one, as `LinearKernel` (linear.cpp). What the adapter needs of an input lies behind what the
+// format prepared. Nothing is added to an activation where there is an adapter.
+int64_t prepared_bytes(const Kernels &kernels, const qlm_linear &linear, int64_t tokens);
+void prepare(const Kernels &kernels, const qlm_linear &linear, int64_t tokens, int64_t t, const float *x, void *prepared);
+void run(const Kernels &kernels, const qlm_linear &linear, int64_t tokens, const void *prepared, int64_t o0, int64_t o1,
+         Epilogue epilogue, float *y, int64_t y_stride);
 
 // Whether one preparation serves both linears: they read the same input, in the same layout.
 bool same_preparation(const qlm_linear &a, const qlm_linear &b);

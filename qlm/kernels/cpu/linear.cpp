@@ -22,6 +22,8 @@ constexpr int64_t MOST_FEATURES = int64_t{1} << 24;
 // int32 sums of so many products of 255 and 127 are exact; qlm/kernels/ops.py has the same bound.
 constexpr int64_t MOST_INT8_FEATURES = 66310;
 
+constexpr int32_t MOST_RANK = 1 << 16;
+
 int check_gptq(const qlm_linear &l) {
   const int64_t period = l.bits == 3 ? 32 : 32 / (l.bits > 0 ? l.bits : 1);
   if (l.bits != 2 && l.bits != 3 && l.bits != 4 && l.bits != 8)
@@ -61,6 +63,8 @@ int check(const qlm_linear &l) {
     return fail(QLM_BAD_ARGUMENT, "linear: %lld in, %lld out features; expected 1 to %lld", (long long)l.in_features,
                 (long long)l.out_features, (long long)MOST_FEATURES);
   if (!l.weight) return fail(QLM_BAD_ARGUMENT, "linear: the weight is missing");
+  if (l.rank < 0 || l.rank > MOST_RANK || (l.rank > 0 && (!l.adapter_a || !l.adapter_b)))
+    return fail(QLM_BAD_ARGUMENT, "linear: an adapter of rank %d; expected 0 to %d, with both matrices", l.rank, MOST_RANK);
   switch (l.format) {
     case QLM_FLOAT:
       if (is_float(l.weight_dtype)) return QLM_OK;
@@ -96,8 +100,36 @@ bool shrank(const qlm_linear &l) {
   return std::any_of(std::begin(read), std::end(read), [](const void *data) { return shrank(data); });
 }
 
+namespace {
+
+int64_t format_bytes(const Kernels &kernels, const qlm_linear &linear, int64_t tokens) {
+  return round_up(kernels.linear[linear.format].prepared_bytes(linear, tokens), 64);
+}
+
+}  // namespace
+
+int64_t prepared_bytes(const Kernels &kernels, const qlm_linear &linear, int64_t tokens) {
+  return format_bytes(kernels, linear, tokens) + tokens * linear.rank * static_cast<int64_t>(sizeof(float));
+}
+
+void prepare(const Kernels &kernels, const qlm_linear &linear, int64_t tokens, int64_t t, const float *x, void *prepared) {
+  kernels.linear[linear.format].prepare(linear, tokens, t, x, prepared);
+  if (linear.rank == 0) return;
+  void *const behind = static_cast<char *>(prepared) + format_bytes(kernels, linear, tokens);
+  kernels.low_rank_down(linear, x, static_cast<float *>(behind) + t * linear.rank);
+}
+
+void run(const Kernels &kernels, const qlm_linear &linear, int64_t tokens, const void *prepared, int64_t o0, int64_t o1,
+         Epilogue epilogue, float *y, int64_t y_stride) {
+  const LinearKernel &kernel = kernels.linear[linear.format];
+  if (linear.rank == 0) return kernel.run(linear, tokens, prepared, o0, o1, epilogue, y, y_stride);
+  kernel.run(linear, tokens, prepared, o0, o1, Epilogue{QLM_NONE, epilogue.add}, y, y_stride);
+  const void *const behind = static_cast<const char *>(prepared) + format_bytes(kernels, linear, tokens);
+  kernels.low_rank_up(linear, tokens, static_cast<const float *>(behind), o0, o1, epilogue.activation, y, y_stride);
+}
+
 bool same_preparation(const qlm_linear &a, const qlm_linear &b) {
-  if (a.format != b.format || a.in_features != b.in_features) return false;
+  if (a.format != b.format || a.in_features != b.in_features || a.rank != 0 || b.rank != 0) return false;
   switch (a.format) {
     case QLM_INT8: return a.symmetric_input == b.symmetric_input;
     case QLM_GPTQ: {
@@ -123,22 +155,22 @@ int qlm_linear_forward(qlm_team *team, const qlm_linear *linear, int64_t tokens,
                 (long long)tokens, (long long)x_stride, (long long)y_stride, (long long)linear->in_features,
                 (long long)linear->out_features);
   if (tokens == 0) return QLM_OK;
-  const LinearKernel &kernel = selected().linear[linear->format];
+  const Kernels &kernels = selected();
   Buffer prepared;
   try {
-    prepared.reserve(kernel.prepared_bytes(*linear, tokens));
+    prepared.reserve(prepared_bytes(kernels, *linear, tokens));
   } catch (const std::bad_alloc &) {
     return fail(QLM_NO_MEMORY, "linear: no memory for the activations of %lld tokens", (long long)tokens);
   }
   // Two calls and no barrier: a borrowed pool has none.
   const int status = run_on(team, *linear, [&](int) {
-    team->each(tokens, [&](int64_t t) { kernel.prepare(*linear, tokens, t, x + t * x_stride, prepared.bytes()); });
+    team->each(tokens, [&](int64_t t) { prepare(kernels, *linear, tokens, t, x + t * x_stride, prepared.bytes()); });
   });
   if (status != QLM_OK) return status;
-  const Split items = split(linear->out_features, weight_bytes(*linear), kernel.granule(*linear), team->threads());
+  const Split items = split(linear->out_features, weight_bytes(*linear), kernels.linear[linear->format].granule(*linear), team->threads());
   return run_on(team, *linear, [&](int) {
     team->each(items.items, [&](int64_t item) {
-      kernel.run(*linear, tokens, prepared.bytes(), items.start(item), items.start(item + 1), Epilogue{}, y, y_stride);
+      run(kernels, *linear, tokens, prepared.bytes(), items.start(item), items.start(item + 1), Epilogue{}, y, y_stride);
     });
   });
 }

@@ -7,6 +7,8 @@ namespace QLM_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     {linear_float, linear_int8, linear_gptq, linear_nf4},
+    low_rank_down,
+    low_rank_up,
     layer_norm,
     embed,
     rotate,
