@@ -57,7 +57,8 @@ def read_text(source: DataSource) -> Text:
     return text
 
 
-def _read_file(path: Path, column: str) -> Text:
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark. Raises MissingInput or DataError."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -70,6 +71,11 @@ def _read_file(path: Path, column: str) -> Text:
         raise DataError(f"{path}: not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
     if "\0" in text:
         raise DataError(f"{path}: not text: there is a NUL character at {text.index(chr(0))}")
+    return text
+
+
+def _read_file(path: Path, column: str) -> Text:
+    text = read_utf8(path)
     if path.suffix != ".jsonl":
         return Text((text,), path.name)
     documents = []
@@ -85,7 +91,8 @@ def _read_file(path: Path, column: str) -> Text:
     return Text(tuple(documents), path.name)
 
 
-def _read_hub(source: HubDataset) -> Text:
+def hub_rows(source: HubDataset) -> tuple[Any, str]:
+    """The rows of a hub dataset, a `datasets.Dataset`, and its name. Raises MissingInput or Unavailable."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -100,6 +107,11 @@ def _read_hub(source: HubDataset) -> Text:
         )  # fmt: skip
     except Exception as error:  # every layer of the hub client raises its own kinds
         raise MissingInput(f"data: {name} cannot be read: {type(error).__name__}: {error}") from None
+    return rows, name
+
+
+def _read_hub(source: HubDataset) -> Text:
+    rows, name = hub_rows(source)
     if source.column not in rows.column_names:
         raise UsageError(f"data: {name} has no column {source.column!r}; it has {', '.join(rows.column_names)}")
     documents = tuple(rows[source.column])

@@ -19,7 +19,7 @@ from qlm.errors import QlmError, UsageError, printable
 
 app = typer.Typer(
     name="qlm",
-    help="Quantize, evaluate and run OPT, GPT-NeoX and GPTBigCode models.",
+    help="Quantize, fine-tune, evaluate and run OPT, GPT-NeoX and GPTBigCode models.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -57,6 +57,10 @@ RuntimeName = Annotated[str | None, typer.Option("--runtime", help="engine (qlm'
 Head = Annotated[str, typer.Option(help="Engine: hold the language-model head in int8 or float; auto: as the model.")]
 CacheDtype = Annotated[
     str, typer.Option(help="Engine: dtype of keys and values: float32, float16, bfloat16, int8 or auto.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
+AdapterFolder = Annotated[
+    Path | None, typer.Option("--adapter", help="Folder of an adapter to put on the model; runs on transformers.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="CPU threads; all cores by default.")]
 
@@ -100,6 +104,18 @@ def _note_escapes(text: str) -> None:
         )
 
 
+def _runtime_with(adapter: Path | None, asked: str | None) -> str | None:
+    """The runtime to ask for: transformers where there is an adapter, which the engine does not take."""
+    if adapter is None:
+        return asked
+    if asked == "engine":
+        raise UsageError(
+            f"--adapter {adapter} with --runtime engine: the engine does not take adapters yet; leave out one or the other, or "
+            "'qlm merge' the adapter first"
+        )
+    return "transformers" if asked is None else asked
+
+
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
@@ -126,7 +142,7 @@ def _show(value: dict[str, Any], target: Path | None) -> None:
 @app.command()
 def quantize(
     recipes: Recipes,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
+    force: Force = False,
     device: Device = "cpu",
     threads: Threads = None,
     json_file: JsonFile = None,
@@ -167,6 +183,104 @@ def quantize(
 
 
 @app.command()
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="A fine-tuning recipe (YAML), with a train section.")],
+    force: Force = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter as a recipe says. Run again to continue after an interruption."""
+    from qlm.recipe import load_finetune_recipe
+
+    loaded = load_finetune_recipe(recipe)
+    _set_threads(threads)
+    from qlm.finetune import finetune as train
+    from qlm.report import Reporter
+
+    with Reporter(quiet).progress(recipe.stem) as tell:
+        result = train(loaded, force=force, device=device, progress=tell)
+    facts = {
+        "adapter": str(result.output), "base": result.base, "steps": result.steps, "resumed_steps": result.resumed,
+        **result.training,
+    }  # fmt: skip
+    _show(facts, json_file)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="The model that the adapter is for: a folder, or owner/name on the hub.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    into: Annotated[str, typer.Option(help="What the result is stored as: float, nf4, gptq or int8.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    quality: Annotated[str | None, typer.Option(help="Of quantizing: fast, balanced or best.")] = None,
+    bits: Annotated[int | None, typer.Option(help="gptq: 2, 3, 4 or 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="gptq: 32, 64, 128 or -1.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text that quantizing looks at, a text file or a .jsonl file; gptq needs one.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows of the calibration text.")] = None,
+    calibration_length: Annotated[int | None, typer.Option(min=2, help="Tokens in each of them.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure the result on, beside the base with its adapter: a text file or a .jsonl file."
+        ),
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window of that text.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Only its first so many windows.")] = None,
+    revision: Revision = None,
+    attention: Attention = None,
+    force: Force = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Add an adapter to its base's weights, and quantize those again. With --data: perplexity and KL divergence, merged against apart."""
+    from qlm.recipe import CalibrationRecipe, EvaluateRecipe
+
+    looked_at = _source(
+        CalibrationRecipe, "--calibration", calibration, {"samples": samples, "length": calibration_length}
+    )
+    measured = _source(EvaluateRecipe, "--data", data, {"length": length, "windows": windows})
+    settings = {"quality": quality, "bits": bits, "group_size": group_size}
+    given = {key: value for key, value in settings.items() if value is not None}
+    _set_threads(threads)
+    from qlm.merge import merge as add_and_quantize
+    from qlm.report import Reporter
+
+    with Reporter(quiet).progress("merge") as tell:
+        result = add_and_quantize(
+            base, adapter, into, output, quantize_settings={"backend": into, **given} if given else None,
+            calibration=looked_at, evaluate_on=measured, revision=revision, attn_implementation=attention or "sdpa",
+            force=force, device=device, progress=tell,
+        )  # fmt: skip
+    facts = {
+        "output": str(result.output), "into": result.into, "onto": result.onto, "base": result.base, "linears": result.linears,
+        "bytes": result.bytes, "evaluation": None if result.evaluation is None else result.evaluation.to_json(),
+    }  # fmt: skip
+    _show(facts, json_file)
+
+
+def _source(kind: Any, option: str, data: str | None, more: dict[str, Any]) -> Any:
+    """A recipe's section about a text from an option and those that belong to it; None where there is no text."""
+    given = {key: value for key, value in more.items() if value is not None}
+    if data is None:
+        for key in given:
+            name = "--calibration-length" if (option, key) == ("--calibration", "length") else f"--{key}"
+            raise UsageError(f"{name}: has no effect without {option}; give a text, or leave it out")
+        return None
+    try:
+        return kind.model_validate({"data": data, **given})
+    except ValueError:
+        raise UsageError(f"{option}: found {data!r}; expected the path of a text file or a .jsonl file") from None
+
+
+@app.command()
 def plan(recipes: Recipes, json_file: JsonFile = None, debug: Debug = False) -> None:
     """Predict memory, disk and time of recipes, without doing anything."""
     from qlm.plan import plan as make_plan
@@ -178,20 +292,23 @@ def plan(recipes: Recipes, json_file: JsonFile = None, debug: Debug = False) -> 
 
 @app.command()
 def validate(recipes: Recipes, debug: Debug = False) -> None:
-    """Check recipes without opening a model."""
-    from qlm.recipe import load_recipe, refuse_shared_outputs
+    """Check recipes, of both kinds, without opening a model."""
+    from qlm.recipe import load_any_recipe, refuse_shared_outputs
 
-    refuse_shared_outputs({str(path): load_recipe(path) for path in recipes})
+    refuse_shared_outputs({str(path): load_any_recipe(path) for path in recipes})
     for path in recipes:
         typer.echo(f"{path}: valid")
 
 
 @app.command()
-def schema(debug: Debug = False) -> None:
+def schema(
+    finetune: Annotated[bool, typer.Option("--finetune", help="That of recipes for qlm finetune.")] = False,
+    debug: Debug = False,
+) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from qlm.recipe import json_schema
+    from qlm.recipe import finetune_json_schema, json_schema
 
-    _write_json(json_schema(), Path("-"))
+    _write_json(finetune_json_schema() if finetune else json_schema(), Path("-"))
 
 
 @app.command()
@@ -224,6 +341,7 @@ def evaluate(
         int | None, typer.Option(min=2, help="Tokens in a window; the model's positions, at most 2048.")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    adapter: AdapterFolder = None,
     revision: Revision = None,
     runtime: RuntimeName = "transformers",
     device: Device = "cpu",
@@ -240,7 +358,7 @@ def evaluate(
     from qlm.engine.runtime import choose_runtime
 
     chosen, _ = choose_runtime(
-        runtime or "transformers", model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
+        _runtime_with(adapter, runtime) or "transformers", model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
         cache_dtype=cache_dtype,
     )  # fmt: skip
     _set_threads(threads)
@@ -255,9 +373,9 @@ def evaluate(
         raise UsageError(f"--data: found {data!r}; expected the path of a text file or a .jsonl file") from None
     with Reporter(quiet).progress("evaluate") as tell:
         result = evaluate_on(
-            model, source, length=length, windows=windows, baseline=baseline, revision=revision, device=device,
-            dtype=dtype, attn_implementation=attention or "sdpa", runtime=chosen, threads=threads, head=head,
-            cache_dtype=cache_dtype, tell=tell,
+            model, source, length=length, windows=windows, adapter=adapter, baseline=baseline, revision=revision,
+            device=device, dtype=dtype, attn_implementation=attention or "sdpa", runtime=chosen, threads=threads,
+            head=head, cache_dtype=cache_dtype, tell=tell,
         )  # fmt: skip
     _show(result.to_json(), json_file)
 
@@ -277,6 +395,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; give it again for several.")] = None,
+    adapter: AdapterFolder = None,
     revision: Revision = None,
     runtime: RuntimeName = None,
     device: Device = "cpu",
@@ -292,7 +411,7 @@ def generate(
     from qlm.engine.runtime import choose_runtime
 
     chosen, why = choose_runtime(
-        runtime, model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
+        _runtime_with(adapter, runtime), model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
         cache_dtype=cache_dtype,
     )  # fmt: skip
     if why:
@@ -326,13 +445,15 @@ def generate(
     else:
         _set_threads(threads)
         from qlm.generate import generate as make_text
-        from qlm.load import load, load_tokenizer
+        from qlm.load import load_tokenizer
+        from qlm.run import load_with_adapter
 
         settings = {"device": device, "dtype": dtype, "attn_implementation": attention or "sdpa"}
-        loaded = load(model, revision=revision, **settings)
+        loaded = load_with_adapter(model, adapter, revision=revision, **settings)
         tokenizer = load_tokenizer(model, revision=revision)
         texts = [make_text(loaded, tokenizer, each, **options, stream=piecewise) for each in prompt]
-    how = {"model": model, "revision": revision, "runtime": chosen, "options": {**options, **settings}}
+    on_top = {} if adapter is None else {"adapter": str(adapter)}
+    how = {"model": model, **on_top, "revision": revision, "runtime": chosen, "options": {**options, **settings}}
     found = [{"prompt": each, "texts": of_it, **how} for each, of_it in zip(prompt, texts, strict=True)]
     if streaming:
         stream("\n")
@@ -422,7 +543,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Ends with an exit code of the table in errors.py."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    continues = "; the same command continues" if arguments[:1] == ["quantize"] else ""
+    continues = "; the same command continues" if arguments[:1] in (["quantize"], ["finetune"], ["merge"]) else ""
     command = typer.main.get_command(app)
     signal.signal(signal.SIGTERM, _terminate)
     # A model may write any character, and nobody knows beforehand: one that stdout's encoding lacks is escaped with a

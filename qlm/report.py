@@ -135,6 +135,8 @@ class Steps:
         self.last_line = time.monotonic()
         # How many tokens one unit of a step stands for, where that is known.
         self.tokens_per_unit: dict[str, int] = {}
+        # What a step has to say beside how far it is: a loss, a rate of its own.
+        self.notes: dict[str, str] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self.silent:
@@ -144,6 +146,7 @@ class Steps:
         seconds = now - self.started[what]
         tokens = self.tokens_per_unit.get(what)
         rate = f"{done * tokens / seconds:.0f} tokens/s" if tokens and done and seconds > 0 else ""
+        rate = self.notes.get(what, rate)
         if self.bars is not None:
             if what not in self.tasks:
                 self.tasks[what] = self.bars.add_task(f"{self.title}: {what}", total=total, rate="")

@@ -4,9 +4,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from qlm.adapters import apply_adapter
 from qlm.arch import FAMILIES
 from qlm.calibrate import Text, bos_rule, read_text, text_ids, window_length
+from qlm.checkpoint.adapter import base_facts, read_adapter, refuse_other_base
+from qlm.checkpoint.reader import Checkpoint
 from qlm.engine.engine import Engine
 from qlm.engine.runtime import Runtime
 from qlm.evaluate import Evaluation, evaluate, evaluate_engine
@@ -18,12 +22,29 @@ from qlm.recipe import DataSource, Recipe
 from qlm.report import Row, Steps
 
 
+def load_with_adapter(
+    model: str | Path, adapter: str | Path | None, *, revision: str | None = None, **options: Any
+) -> Any:
+    """transformers' model, as `load` gives it, with an adapter's layers inside where there is an adapter.
+
+    Raises:
+        QlmError: as `load` and `apply_adapter`; DataError where the adapter's manifest names another base.
+    """
+    if adapter is not None:
+        # Which base it is for is asked first: loading takes longer.
+        folder = Checkpoint.open(model, revision).folder
+        refuse_other_base(read_adapter(adapter), folder, base_facts(model, revision)["files"])
+    loaded = load(model, revision=revision, **options)
+    return loaded if adapter is None else apply_adapter(loaded, adapter).get_base_model()
+
+
 def evaluate_on(
     model: str | Path,
     source: DataSource | Text,
     *,
     length: int | None,
     windows: int | None = None,
+    adapter: str | Path | None = None,
     baseline: str | Path | None = None,
     revision: str | None = None,
     baseline_revision: str | None = None,
@@ -38,6 +59,7 @@ def evaluate_on(
 ) -> Evaluation:
     """Perplexity of a model on a text, and its KL divergence from `baseline`, by the canonical protocol (evaluate.py).
 
+    adapter: folder of an adapter of `model`, not of the baseline; with transformers as the `runtime`.
     threads, head, cache_dtype: of the engine, where that is the `runtime`; a baseline's head and cache are float there.
     """
     text = source if isinstance(source, Text) else read_text(source)
@@ -65,7 +87,9 @@ def evaluate_on(
                 bos=bos_rule(engine.spec),
                 progress=None if tell is None else lambda done, total: tell("evaluate", done, total),
             )
-    loaded = load(model, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    loaded = load_with_adapter(
+        model, adapter, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation
+    )
     other = None
     if baseline is not None:
         other = load(

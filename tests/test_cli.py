@@ -20,7 +20,7 @@ import typer
 import qlm
 import qlm.cli
 from qlm.kernels import cpu
-from qlm.recipe import json_schema
+from qlm.recipe import finetune_json_schema, json_schema
 from tests import tiny_models
 from tests.conftest import BACKENDS, FAMILIES, ROOT, Cli, command, files_of
 
@@ -32,7 +32,8 @@ EVALUATION_KEYS = {
     "data_sha256", "seconds",
 }  # fmt: skip
 COMMANDS = (
-    "quantize", "plan", "validate", "schema", "recipes", "evaluate", "generate", "bench", "inspect", "verify", "doctor"
+    "quantize", "finetune", "merge", "plan", "validate", "schema", "recipes", "evaluate", "generate", "bench", "inspect", "verify",
+    "doctor",
 )  # fmt: skip
 TREE = typer.main.get_command(qlm.cli.app)
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="qlm was installed without its CPU kernels")
@@ -101,11 +102,12 @@ def allows(node: Any, value: Any, schema: dict[str, Any]) -> bool:
                 return not isinstance(value, dict) or all(allows(rule, key, schema) for key in value)
             case "items":
                 return not isinstance(value, list) or all(allows(rule, item, schema) for item in value)
-            case "minimum" | "maximum" | "exclusiveMinimum":
+            case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
                 good = {
                     "minimum": lambda: value >= rule,
                     "maximum": lambda: value <= rule,
                     "exclusiveMinimum": lambda: value > rule,
+                    "exclusiveMaximum": lambda: value < rule,
                 }
                 return not number or bool(good[word]())
             case "minLength" | "maxLength" | "minItems" | "maxItems" | "maxProperties":
@@ -221,6 +223,176 @@ def test_no_library_writes_to_stderr(
         assert len(out.splitlines()) == 2
         strange = [line for line in err.splitlines() if not line.startswith(f"[1/1] {backend}: ")]
         assert strange == []
+
+
+def training(model: object, output: object, text: Path, **more: Any) -> str:
+    """A fine-tuning recipe of two steps that change what the model says."""
+    train = {
+        "data": str(text), "steps": 2, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 0.1, "warmup": 0.0,
+        "max_length": 24, **more,
+    }  # fmt: skip
+    return json.dumps({"model": str(model), "adapter": {"r": 4}, "train": train, "output": str(output)})
+
+
+@pytest.fixture(scope="module")
+def adapter(folder_of: Folder, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of "opt", with the recipe that it was made by beside it. Not to be changed."""
+    from qlm.finetune import finetune
+    from qlm.recipe import load_finetune_recipe
+
+    root = tmp_path_factory.mktemp("adapters")
+    (root / "short.txt").write_text(text_file.read_text("utf-8")[:4000], "utf-8")
+    (root / "recipe.yaml").write_text(training(folder_of("opt"), root / "adapter", root / "short.txt", validation=0.1))
+    return finetune(load_finetune_recipe(root / "recipe.yaml")).output
+
+
+class TestFinetune:
+    def test_facts(self, cli: Cli, folder_of: Folder, adapter: Path, tmp_path: Path) -> None:
+        output = tmp_path / "adapter"
+        text = (adapter.parent / "recipe.yaml").read_text().replace(str(adapter), str(output))
+        (tmp_path / "recipe.yaml").write_text(text)
+        code, out, _ = cli("finetune", tmp_path / "recipe.yaml", "--quiet", "--json", tmp_path / "facts.json")
+        assert code == 0
+        facts = json.loads((tmp_path / "facts.json").read_text())
+        assert (facts["adapter"], facts["base"]) == (str(output), str(folder_of("opt")))
+        assert (facts["steps"], facts["resumed_steps"]) == (2, 0)
+        assert re.search(rf"^trainable parameters +{facts['trainable_parameters']} *$", out, re.MULTILINE)
+        assert json.loads(cli("finetune", tmp_path / "recipe.yaml", "--json", "-")[1]) == {**facts, "resumed_steps": 2}
+        tensors = "adapter_model.safetensors"
+        assert files_of(output)[tensors] == files_of(adapter)[tensors]
+
+    def test_again_takes_what_is_there(self, cli: Cli, adapter: Path) -> None:
+        before = files_of(adapter)
+        code, out, err = cli("finetune", adapter.parent / "recipe.yaml", "--quiet")
+        assert (code, err) == (0, "")
+        assert re.search(r"^resumed steps +2 *$", out, re.MULTILINE)
+        assert files_of(adapter) == before
+
+    def test_refused(self, cli: Cli, recipe_file: RecipeFile, folder_of: Folder, tmp_path: Path) -> None:
+        quantizing = recipe_file(folder_of("opt"), tmp_path / "q")
+        assert "without this section a recipe quantizes" in cli.fails(2, "finetune", quantizing)
+        (tmp_path / "t.yaml").write_text(training("m", tmp_path / "t", tmp_path / "nothing.txt"))
+        for verb in ("quantize", "plan"):
+            assert "trains, with 'qlm finetune'" in cli.fails(2, verb, tmp_path / "t.yaml")
+        assert "model folder m does not exist" in cli.fails(66, "finetune", tmp_path / "t.yaml")
+        assert "no such recipe" in cli.fails(66, "finetune", tmp_path / "u.yaml")
+        (tmp_path / "t.yaml").write_text(training(folder_of("opt"), tmp_path / "t", tmp_path / "nothing.txt"))
+        assert "nothing.txt: no such file" in cli.fails(66, "finetune", tmp_path / "t.yaml")
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "t.yaml").write_text(training(folder_of("opt"), tmp_path / "t", tmp_path / "empty.txt"))
+        assert "empty.txt: there is no text in it" in cli.fails(2, "finetune", tmp_path / "t.yaml")
+        assert not (tmp_path / "t").exists()
+
+
+class TestAdapter:
+    """`--adapter` beside plain PEFT on plain transformers, and beside the merged model."""
+
+    PROMPT = "The cat sat"
+
+    def test_generate_as_peft_does(self, cli: Cli, adapter: Path, folder_of: Folder) -> None:
+        import torch
+        from peft import PeftModel
+        from transformers import OPTForCausalLM
+
+        folder = folder_of("opt")
+        tokenizer = qlm.load_tokenizer(folder)
+        plain = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ids = [tokenizer(self.PROMPT)["input_ids"]]
+        settings: dict[str, Any] = dict(max_new_tokens=12, do_sample=False)
+        alone = plain.generate(torch.tensor(ids), **settings)[0].tolist()
+        with_adapter = (
+            PeftModel.from_pretrained(plain, str(adapter)).generate(torch.tensor(ids), **settings)[0].tolist()
+        )
+        assert alone != with_adapter
+        options = ("--prompt", self.PROMPT, "--greedy", "--max-new-tokens", "12", "--dtype", "float32", "--json", "-")
+        code, out, err = cli("generate", folder, "--adapter", adapter, *options)
+        found = json.loads(out)
+        assert (code, err) == (0, "")
+        expected = tokenizer.decode(with_adapter[len(ids[0]) :], skip_special_tokens=True)
+        assert (found["texts"], found["adapter"], found["runtime"]) == ([expected], str(adapter), "transformers")
+        without = json.loads(cli("generate", folder, *options, "--runtime", "transformers")[1])
+        assert without["texts"] != [expected]
+        assert "adapter" not in without
+
+    def test_evaluate_as_the_merged_model(
+        self, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path
+    ) -> None:
+        options = ("--data", text_file, "--length", 32, "--windows", 8, "--json", "-")
+        # In fp32 throughout: merged fp16 weights would be rounded once more.
+        folder = tmp_path / "base"
+        tiny_models.build("opt").save_pretrained(folder)
+        (folder / "tokenizer.json").write_bytes((folder_of("opt") / "tokenizer.json").read_bytes())
+        other = tmp_path / "adapter"
+        (tmp_path / "t.yaml").write_text(training(folder, other, adapter.parent / "short.txt"))
+        assert cli("finetune", tmp_path / "t.yaml", "--quiet")[0] == 0
+        code, out, _ = cli("merge", folder, other, "--into", "float", "--output", tmp_path / "m", *options)
+        assert code == 0
+        merged = json.loads(out)
+        apart = json.loads(cli("evaluate", folder, "--adapter", other, *options)[1])
+        alone = json.loads(cli("evaluate", folder, *options)[1])
+        assert apart["perplexity"] == pytest.approx(merged["evaluation"]["perplexity"], rel=1e-5)
+        assert merged["evaluation"]["kl_divergence"] < 1e-8
+        assert abs(apart["perplexity"] / alone["perplexity"] - 1) > 0.01
+        again = json.loads(cli("evaluate", tmp_path / "m", *options)[1])
+        assert again["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-5)
+
+    def test_refused(self, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
+        folder = folder_of("opt")
+        for verb, options in (("generate", ("--prompt", "a")), ("evaluate", ("--data", text_file, "--length", 32))):
+            line = cli.fails(2, verb, folder, "--adapter", adapter, "--runtime", "engine", *options)
+            assert "the engine does not take adapters yet" in line
+            assert "option of the engine" in cli.fails(
+                2, verb, folder, "--adapter", adapter, "--head", "int8", *options
+            )
+            assert "no such folder" in cli.fails(66, verb, folder, "--adapter", tmp_path / "none", *options)
+            # The same shapes, other weights; and another family.
+            assert "was trained on another base" in cli.fails(
+                65, verb, folder_of("opt-post-norm"), "--adapter", adapter, *options
+            )
+            assert str(adapter) in cli.fails(65, verb, folder_of(FAMILIES[1]), "--adapter", adapter, *options)
+
+
+class TestMerge:
+    @pytest.mark.parametrize("into", ["float", "nf4", "gptq", "int8"])
+    def test_into(self, into: str, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
+        looked_at = ("--calibration", text_file, "--samples", 8, "--calibration-length", 32) if into == "gptq" else ()
+        code, out, err = cli(
+            "merge", folder_of("opt"), adapter, "--into", into, "--output", tmp_path / "m", *looked_at, "--quiet",
+            "--json", tmp_path / "facts.json",
+        )  # fmt: skip
+        assert (code, err) == (0, "")
+        facts = json.loads((tmp_path / "facts.json").read_text())
+        assert (facts["into"], facts["onto"], facts["evaluation"]) == (into, "float weights", None)
+        assert str(facts["linears"]) in out
+        backend = json.loads(cli("inspect", tmp_path / "m", "--json", "-")[1])["backend"]
+        assert backend == {"float": "none (float)"}.get(into, into)
+
+    def test_settings(self, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
+        options = ("--bits", 3, "--group-size", 32, "--quality", "fast", "--calibration", text_file, "--samples", 8)
+        target = ("--into", "gptq", "--output", tmp_path / "m")
+        code, _, err = cli("merge", folder_of("opt"), adapter, *target, *options, "--calibration-length", 32)
+        assert code == 0, err
+        quantized = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+        assert (quantized["bits"], quantized["group_size"]) == (3, 32)
+
+    def test_refused(self, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
+        def fails(code: int, *options: object, into: str = "gptq", model: str = "opt") -> str:
+            return cli.fails(
+                code, "merge", folder_of(model), adapter, "--into", into, "--output", tmp_path / "m", *options
+            )
+
+        assert "into: found 'int4'; allowed: float, nf4, gptq, int8" in fails(2, into="int4")
+        assert "--samples: has no effect without --calibration" in fails(2, "--samples", 8, into="nf4")
+        assert "--calibration-length: has no effect without --calibration" in fails(
+            2, "--calibration-length", 8, into="nf4"
+        )
+        assert "--windows: has no effect without --data" in fails(2, "--windows", 8, into="nf4")
+        assert "quantize.bits: found" in fails(2, "--bits", 5, "--calibration", text_file)
+        assert "float quantizes nothing" in fails(2, "--bits", 4, into="float")
+        assert "--calibration: found ''" in fails(2, "--calibration", "")
+        assert "calibration" in fails(2)
+        assert "trained on another base" in fails(65, into="nf4", model="opt-post-norm")
+        assert not (tmp_path / "m").exists()
 
 
 class TestEvaluate:
@@ -652,6 +824,23 @@ class TestSmallCommands:
         assert len(re.findall(r"linears +6 *$", out, re.MULTILINE)) == 2
         assert json.loads(cli("plan", *recipes, "--json", "-")[1]).keys() == {str(path) for path in recipes}
 
+    def test_schema_of_recipes_that_train(self, cli: Cli) -> None:
+        code, out, err = cli("schema", "--finetune")
+        assert (code, err) == (0, "")
+        assert json.loads(out) == finetune_json_schema()
+
+    def test_validate_takes_both_kinds(
+        self, cli: Cli, recipe_file: RecipeFile, text_file: Path, tmp_path: Path
+    ) -> None:
+        quantizing = recipe_file("m", tmp_path / "q")
+        path = tmp_path / "t.yaml"
+        path.write_text(training("m", tmp_path / "t", text_file))
+        assert cli("validate", quantizing, path) == (0, f"{quantizing}: valid\n{path}: valid\n", "")
+        path.write_text(training("m", tmp_path / "q", text_file))
+        assert "writes to" in cli.fails(2, "validate", quantizing, path)
+        path.write_text(training("m", tmp_path / "t", text_file, epochs=3))
+        assert "train.epochs: found beside steps" in cli.fails(2, "validate", path)
+
     def test_schema(self, cli: Cli) -> None:
         code, out, err = cli("schema")
         assert (code, err) == (0, "")
@@ -661,10 +850,12 @@ class TestSmallCommands:
         from ruamel.yaml import YAML
 
         schema, yaml = json_schema(), YAML(typ="safe", pure=True)
+        schema_of_training = finetune_json_schema()
         shipped = sorted((ROOT / "recipes").rglob("*.yaml"))
         assert len(shipped) >= 57
         for path in shipped:
-            assert allows(schema, yaml.load(path), schema), path
+            kind = schema_of_training if path.parent.name == "qlora" else schema
+            assert allows(kind, yaml.load(path), kind), path
         good = {"model": "m", "quantize": {"backend": "gptq"}, "calibration": {"data": "a.txt"}, "output": "o"}
         assert allows(schema, good, schema)
         for section, key, value in (
@@ -690,7 +881,7 @@ class TestSmallCommands:
     def test_recipes(self, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         code, out, _ = cli("recipes")
         assert code == 0
-        assert {"demo/tiny-opt-gptq", "opt-125m/gptq-4bit"} <= set(out.split())
+        assert {"demo/tiny-opt-gptq", "opt-125m/gptq-4bit", "qlora/tiny-opt", "qlora/starcoder"} <= set(out.split())
         monkeypatch.chdir(tmp_path)
         assert cli("recipes", "opt-125m/gptq-4bit") == (0, "opt-125m-gptq-4bit.yaml\n", "")
         assert cli("recipes", "opt-125m/int8", "mine.yaml") == (0, "mine.yaml\n", "")
@@ -736,6 +927,7 @@ class TestMistakes:
         [
             ["frobnicate"], ["quantise", "a.yaml"], ["quantize"], ["quantize", "--frob", "a.yaml"], ["inspect"],
             ["evaluate", "m", "--length", "x"], ["generate", "m"], ["--frob"], ["validate", "--json"], ["inspect", "a", "b"],
+            ["finetune"], ["finetune", "a.yaml", "b.yaml"], ["merge", "m", "a"], ["merge", "m", "a", "--into", "nf4"],
             ["generate", "m", "--prompt", "a", "--max-new-tokens", "0"], ["quantize", "a.yaml", "--threads", "0"],
         ],
         ids=" ".join,
@@ -748,7 +940,7 @@ class TestMistakes:
 
     def test_missing_files(self, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        for name in ("quantize", "validate", "plan"):
+        for name in ("quantize", "validate", "plan", "finetune"):
             assert "a.yaml" in cli.fails(66, name, "a.yaml")
         for name in ("inspect", "generate", "verify"):
             options = ["--prompt", "a"] if name == "generate" else []
@@ -759,7 +951,7 @@ class TestMistakes:
         """Said before anything else: there is no such model either."""
         for arguments in (
             ("inspect", "m"), ("evaluate", "m"), ("generate", "m", "--prompt", "a"), ("bench", "m"), ("quantize", "a.yaml"),
-            ("plan", "a.yaml"), ("doctor",),
+            ("plan", "a.yaml"), ("doctor",), ("finetune", "a.yaml"), ("merge", "m", "a", "--into", "nf4", "--output", "o"),
         ):  # fmt: skip
             line = cli.fails(73, *arguments, "--json", tmp_path / "no" / "such" / "f.json")
             assert line.endswith("no/such/f.json: create failed: No such file or directory")
@@ -782,7 +974,7 @@ class TestMistakes:
         def broken(*arguments: object) -> None:
             raise ZeroDivisionError("first line\nsecond \x1b[0m line")
 
-        monkeypatch.setattr("qlm.recipe.load_recipe", broken)
+        monkeypatch.setattr("qlm.recipe.load_any_recipe", broken)
         code, out, err = cli("validate", "a.yaml", *(["--debug"] if debug else []))
         assert (code, out) == (1, "")
         assert ("Traceback" in err) == debug
@@ -794,7 +986,7 @@ class TestMistakes:
         def broken(*arguments: object) -> None:
             raise MemoryError
 
-        monkeypatch.setattr("qlm.recipe.load_recipe", broken)
+        monkeypatch.setattr("qlm.recipe.load_any_recipe", broken)
         assert "out of memory" in cli.fails(69, "validate", "a.yaml")
 
 
@@ -829,7 +1021,7 @@ import qlm.recipe
 def load_recipe(path):
     print("ready", flush=True)
     time.sleep(60)
-qlm.recipe.load_recipe = load_recipe
+qlm.recipe.load_recipe = qlm.recipe.load_any_recipe = qlm.recipe.load_finetune_recipe = load_recipe
 from qlm.cli import main
 main([sys.argv[1], "a.yaml"])
 """
@@ -838,7 +1030,7 @@ main([sys.argv[1], "a.yaml"])
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-@pytest.mark.parametrize("verb", ["quantize", "validate"])
+@pytest.mark.parametrize("verb", ["quantize", "finetune", "validate"])
 def test_signals(number: int, code: int, word: str, verb: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WAIT, verb],
@@ -850,7 +1042,7 @@ def test_signals(number: int, code: int, word: str, verb: str) -> None:
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, "")
-    assert err == f"qlm: {word}{'; the same command continues' if verb == 'quantize' else ''}\n"
+    assert err == f"qlm: {word}{'' if verb == 'validate' else '; the same command continues'}\n"
 
 
 @pytest.mark.parametrize("arguments", [["recipes"], ["inspect", "MODEL"], ["schema"], ["--help"]], ids=" ".join)

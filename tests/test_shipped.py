@@ -8,7 +8,7 @@ import pytest
 
 from qlm import shipped
 from qlm.errors import CannotCreate, UsageError
-from qlm.recipe import load_recipe
+from qlm.recipe import load_any_recipe, load_recipe
 from qlm.shipped import copy_recipe, list_recipes
 from tests.conftest import ROOT
 
@@ -19,7 +19,12 @@ def test_list_is_what_is_in_the_folder() -> None:
     assert {f"{name}.yaml" for name in names} == {
         str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*.yaml")
     }
-    assert len(names) >= 9 + 4 * 12
+    assert len(names) >= 9 + 4 * 12 + 7
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_one_is_valid_where_it_is_copied(name: str, tmp_path: Path) -> None:
+    load_any_recipe(copy_recipe(name, tmp_path))
 
 
 def test_copies_into_a_folder_or_to_a_file(tmp_path: Path) -> None:

@@ -225,6 +225,40 @@ def write_file(path: str | Path, data: bytes | str) -> None:
     _write_atomically(target, temporary, content)
 
 
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files under a temporary name, sync it, and rename it into place: it is there complete or not at all. One that is
+    there already is removed first.
+
+    Raises:
+        CannotCreate, ReadWriteError: as `write_file`; nothing of it is left.
+    """
+    temporary = folder.with_name(folder.name + TEMPORARY)
+    _remove_tree(temporary)
+    try:
+        _make_folder(temporary)
+        for name, data in files.items():
+            path = temporary / _plain(name)
+            _write_atomically(path, path.with_name(name + TEMPORARY), data)
+        _remove_tree(folder)
+        _rename(temporary, folder)
+    except BaseException:
+        with suppress(QlmError):
+            _remove_tree(temporary)
+        raise
+    _sync_folder(folder.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; nothing there is fine. A folder's name goes first, so that no half of it is left."""
+    aside = path.with_name(path.name + TEMPORARY)
+    _remove_tree(aside)
+    if path.is_dir() and not path.is_symlink():
+        _rename(path, aside)
+        _remove_tree(aside)
+    else:
+        _remove_tree(path)
+
+
 def check_file(path: str | Path) -> None:
     """Refuse now what `write_file` would refuse after the work. Leaves nothing, and leaves alone what is there.
 
@@ -285,6 +319,7 @@ class PartialFolder:
         # Whether the partial folder holds nothing of a former run, so that it can go when this one cannot start.
         self._fresh = False
         self._parents: list[Path] = []
+        self._state_folders: list[Path] = []
 
     def __enter__(self) -> "PartialFolder":
         try:
@@ -303,7 +338,8 @@ class PartialFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is not None and not self._committed and not self._records:
+            keeps = any(_names(folder) for folder in self._state_folders if folder.exists())
+            if kind is not None and not self._committed and not self._records and not keeps:
                 self._leave_nothing()
                 self._remove_parents()
         finally:
@@ -317,6 +353,15 @@ class PartialFolder:
     def path(self, name: str) -> Path:
         """Where the file of the unfinished output lies, for reading it back."""
         return self._files / _plain(name)
+
+    def state_folder(self, name: str) -> Path:
+        """A folder beside the files for what the next run needs and the output does not hold, such as checkpoints. As long as it is not
+        empty, an error leaves the unfinished output; `commit` removes it.
+        """
+        path = self.partial / _plain(name)
+        _make_folder(path)
+        self._state_folders.append(path)
+        return path
 
     def finished(self, name: str) -> bool:
         """Whether the file is there with the size and hash recorded when it was written. Hashed once per run."""

@@ -18,12 +18,13 @@ from qlm.checkpoint.files import MARKER, file_facts, sha256_file
 from qlm.checkpoint.folder import ModelFolder, is_plain_name
 from qlm.errors import DataError, MissingInput
 
-__all__ = ["NAME", "build", "input_facts", "read", "sha256_file", "verify"]
+__all__ = ["NAME", "build", "input_facts", "is_made", "read", "sha256_file", "verify"]
 
 NAME = MARKER
 FORMAT = 1
-# There where bits were chosen by a budget, and where something was done to blocks as a whole.
-_CHOICE, _BLOCKS = "choice", "blocks"
+# There where bits were chosen by a budget, where something was done to blocks as a whole, and with an adapter: facts of its
+# training, and which model it belongs to.
+_CHOICE, _BLOCKS, _TRAINING, _BASE = "choice", "blocks", "training", "base"
 _KEYS = frozenset(
     {
         "format",
@@ -56,6 +57,8 @@ def build(
     config: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
     blocks: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as JSON values; write it with `PartialFolder.write_json(manifest.NAME, ...)`, keys sorted.
 
@@ -71,6 +74,9 @@ def build(
         config: key values of the model's config.
         choice: where bits were chosen by a budget, what is known of that.
         blocks: {block: facts} of those that were smoothed, or in which something was learned.
+        training: of an adapter: trainable parameters, tokens, precision, optimizer, losses.
+        base: of an adapter: "files", facts as in `inputs` of the model's files that it was trained on, and "float_files", of the float
+            ones that these were quantized from, as far as that is known.
     """
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -86,6 +92,8 @@ def build(
         "config": dict(config),
         **({_CHOICE: dict(choice)} if choice is not None else {}),
         **({_BLOCKS: dict(blocks)} if blocks else {}),
+        **({_TRAINING: dict(training)} if training is not None else {}),
+        **({_BASE: dict(base)} if base is not None else {}),
     }
     return {**content, "checksum": _checksum(content)}
 
@@ -98,6 +106,22 @@ def input_facts(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"two input files are called {file.name}")
         facts[file.name] = file_facts(file)
     return facts
+
+
+def is_made(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the output is there already, complete and made from the same. Another's is PartialFolder's to refuse.
+
+    Raises:
+        DataError: it has changed since it was written.
+    """
+    if not (output / NAME).is_file():
+        return False
+    try:
+        verify(output)
+    except DataError as error:
+        raise DataError(f"{error}; --force makes the output anew") from None
+    written = read(output)
+    return all(written[key] == value for key, value in identity.items())
 
 
 def read(folder: str | Path) -> dict[str, Any]:
@@ -155,7 +179,7 @@ def _read(folder: ModelFolder) -> dict[str, Any]:
         raise DataError(f"{source}: format is {manifest.get('format')!r}; this version of qlm reads format {FORMAT}")
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     if (
-        manifest.keys() - {_CHOICE, _BLOCKS} != _KEYS
+        manifest.keys() - {_CHOICE, _BLOCKS, _TRAINING, _BASE} != _KEYS
         or manifest["checksum"] != _checksum(content)
         or strict_json.dumps(manifest) != data
     ):

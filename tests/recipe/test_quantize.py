@@ -14,27 +14,31 @@ from pydantic import ValidationError
 
 from qlm.errors import MissingInput, UsageError
 from qlm.recipe import (
-    _TAKES,
-    MAX_BYTES,
     PRESETS,
+    FinetuneRecipe,
     HubDataset,
     LinearSettings,
     QuantizeRecipe,
     Recipe,
+    TrainRecipe,
     json_schema,
     load_recipe,
+    parse_any_recipe,
     parse_recipe,
     quantize_section,
     refuse_shared_outputs,
     resolved,
+    resolved_finetune,
     schema_table,
     settings_for,
     size_in_bytes,
     unmatched_globs,
 )
+from qlm.recipe.backend_keys import TAKES
+from qlm.strict_yaml import MAX_BYTES
 
-ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*/*.yaml")) if path.parent.name != "qlora"]
 MODELS = [
     "opt-125m",
     "opt-350m",
@@ -83,7 +87,7 @@ def refusal(text: str) -> str:
 
 
 def test_shipped_recipes_are_complete():
-    names = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES if path.parent.name != "qlora"}
+    names = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
     backends = ("int8", "nf4", "gptq-4bit", "gptq-3bit")
     families = ("tiny-opt", "tiny-gpt-neox", "tiny-gpt-bigcode")
     demo = {f"demo/{family}-{backend}.yaml" for family in families for backend in ("int8", "nf4", "gptq")}
@@ -143,7 +147,7 @@ def test_readme_has_the_schema_table():
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
 def test_readme_example(block):
-    parse_recipe(block, "README.md")
+    parse_any_recipe(block, "README.md")
 
 
 def test_readme_error_is_the_real_one():
@@ -182,7 +186,7 @@ def test_json_schema_allows_each_backend_its_keys_alone():
     for rule in section["allOf"]:
         backend = rule["if"]["properties"]["backend"]["const"]
         refused = {key for key, value in rule["then"]["properties"].items() if value is False}
-        assert refused == set(section["properties"]) - {"backend", *_TAKES[backend]}
+        assert refused == set(section["properties"]) - {"backend", *TAKES[backend]}
     json.dumps(schema)
     schema["$defs"].clear()
     assert json_schema()["$defs"], "each call gives a fresh copy"
@@ -265,7 +269,7 @@ def test_quality_follows_the_calibration_text(backend):
         assert resolved(recipe)["quantize"]["quality"] == quality
         assert recipe.quantize.needs_calibration == (quality == "balanced")
         for key, value in PRESETS[quality].items():
-            if key in _TAKES[backend]:
+            if key in TAKES[backend]:
                 assert getattr(recipe.quantize, key) == value
 
 
@@ -282,7 +286,7 @@ def test_a_key_beats_its_quality():
 def test_resolved_reads_back_as_itself(backend):
     text = GPTQ if backend == "gptq" else INT8.replace("int8", backend)
     plain = resolved(parse_recipe(text, "r.yaml"))
-    assert set(plain["quantize"]) == {"backend", *_TAKES[backend]} - {"average_bits", "target_size"}
+    assert set(plain["quantize"]) == {"backend", *TAKES[backend]} - {"average_bits", "target_size"}
     assert resolved(parse_recipe(json.dumps(plain), "r.json")) == plain
 
 
@@ -343,10 +347,10 @@ def test_recipes_are_frozen():
 
 ROOT_KEYS = "model, revision, task, dtype, attn_implementation, quantize, calibration, evaluate, output"
 # What a message lists; the order and the wording of lists have tests of their own.
-GPTQ_KEYS = ", ".join(("backend", *_TAKES["gptq"]))
-GPTQ_TAKES = f"{', '.join(_TAKES['gptq'][:-1])} and {_TAKES['gptq'][-1]}"
-INT8_KEYS = ", ".join(_TAKES["int8"])
-INT8_TAKES = f"{', '.join(_TAKES['int8'][:-1])} and {_TAKES['int8'][-1]}"
+GPTQ_KEYS = ", ".join(("backend", *TAKES["gptq"]))
+GPTQTAKES = f"{', '.join(TAKES['gptq'][:-1])} and {TAKES['gptq'][-1]}"
+INT8_KEYS = ", ".join(TAKES["int8"])
+INT8TAKES = f"{', '.join(TAKES['int8'][:-1])} and {TAKES['int8'][-1]}"
 SECTION_KEYS = f"{', '.join(list(QuantizeRecipe.model_fields)[:-1])} and overrides"
 A_RECIPE = "allowed: a recipe, with model, quantize and output"
 
@@ -372,7 +376,7 @@ REFUSED = {
     ),
     "budget-of-int8": (
         INT8.replace("int8}", "int8, average_bits: 7.5}"), "2:27: quantize.average_bits: found with backend int8, which takes "
-        f"{INT8_TAKES}; remove it",
+        f"{INT8TAKES}; remove it",
     ),
     "few-bits": (gptq("average_bits: 2"), "4:17: quantize.average_bits: found the number 2; allowed: a number above 2, at most 9 "
         "or null"),
@@ -555,11 +559,11 @@ REFUSED = {
     # what does not fit together
     "not-for-int8": (
         INT8.replace("int8", "int8, group_size: 128"),
-        f"2:27: quantize.group_size: found with backend int8, which takes {INT8_TAKES}; remove it",
+        f"2:27: quantize.group_size: found with backend int8, which takes {INT8TAKES}; remove it",
     ),
     "not-for-gptq": (
         gptq("double_quant: true"),
-        f"4:3: quantize.double_quant: found with backend gptq, which takes {GPTQ_TAKES}; remove it",
+        f"4:3: quantize.double_quant: found with backend gptq, which takes {GPTQTAKES}; remove it",
     ),
     "unknown-for-int8": (
         INT8.replace("int8", "int8, bit: 8"),
@@ -869,11 +873,31 @@ def test_two_recipes_for_one_output():
 
 # --- damaged recipes --------------------------------------------------------------------------------------------------
 
-SEEDS = [GPTQ, INT8, *(path.read_text() for path in RECIPES[:12:4]), *re.findall(r"```yaml\n(.*?)```", README, re.S)]
+TRAIN = """\
+model: m
+task: token-classification
+adapter: {r: 8, targets: [q_proj, "*.fc2"]}
+train:
+  data: t.jsonl
+  labels: [a, b]
+  validation: 0.1
+  steps: 3
+  gradient_checkpointing: auto
+output: out
+"""
+SEEDS = [
+    GPTQ,
+    INT8,
+    TRAIN,
+    *(path.read_text() for path in RECIPES[:12:4]),
+    *re.findall(r"```yaml\n(.*?)```", README, re.S),
+]
 KEYS = [
     *Recipe.model_fields,
     *QuantizeRecipe.model_fields,
     *HubDataset.model_fields,
+    *FinetuneRecipe.model_fields,
+    *TrainRecipe.model_fields,
     "samples",
     "length",
     "seed",
@@ -890,10 +914,10 @@ SCRAPS = [
 ]  # fmt: skip
 
 
-def outcome(text: str) -> Recipe | str:
+def outcome(text: str) -> Recipe | FinetuneRecipe | str:
     """The recipe, or the error's text; any other exception ends the test."""
     try:
-        return parse_recipe(text, "r.yaml")
+        return parse_any_recipe(text, "r.yaml")
     except UsageError as error:
         return str(error)
 
@@ -905,6 +929,9 @@ def check_accepted_or_one_line(text: str) -> None:
         assert place, found
         assert found.isprintable()
         assert int(place[1]) <= len(re.split(r"\r\n|\r|\n", text)) + 1
+    elif isinstance(found, FinetuneRecipe):
+        plain = resolved_finetune(found)
+        assert resolved_finetune(parse_any_recipe(json.dumps(plain), "r.json")) == plain
     else:
         plain = resolved(found)
         assert resolved(parse_recipe(json.dumps(plain), "r.json")) == plain
@@ -968,6 +995,12 @@ values = st.recursive(
                 optional={key: values for key in QuantizeRecipe.model_fields if key != "backend"},
             )
             | values,
+            "train": st.fixed_dictionaries(
+                {"data": st.just("d") | values},
+                optional={key: values for key in TrainRecipe.model_fields if key != "data"},
+            )
+            | values,
+            "adapter": st.dictionaries(st.sampled_from(["r", "alpha", "targets", "dropout"]), values) | values,
             "calibration": st.fixed_dictionaries({"data": values}, optional={"samples": values, "column": values})
             | values,
             "evaluate": st.fixed_dictionaries({"data": values}, optional={"windows": values, "column": values})

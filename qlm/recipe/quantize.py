@@ -1,27 +1,21 @@
-"""What a recipe may say, and the loader that reads one.
+"""What a quantizing recipe may say.
 
 A recipe is a YAML file of at most a screenful: which model, which backend, which calibration text, where to. The
 pydantic models below are the only home of every key, its allowed values, its default and its meaning; the JSON Schema
-for editors and the table in `recipes/README.md` are made from them.
+for editors and the table in `recipes/README.md` are made from them by words.py.
 
 A recipe is taken at its word or refused: strict_yaml.py says how its text becomes values. Unknown keys are refused, and so are
 keys that the chosen backend would ignore. Every error is one line: `file:line:column: key.path: what was found; what is
 allowed`.
-
-Nothing here opens a file except `load_recipe`, which opens the recipe alone.
 """
 
-import difflib
 import fnmatch
-import functools
-import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -35,103 +29,54 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from qlm.arch.spec import Task
-from qlm.errors import MissingInput, QlmError, ReadWriteError, UsageError
-from qlm.strict_yaml import (
-    FLOAT,
-    MAX_BYTES,
-    Document,
-    KeyPath,
-    Mark,
-    dotted,
-    in_words,
-    position,
-    read_yaml,
-)
+from qlm.errors import QlmError, UsageError
+from qlm.recipe.backend_keys import BITS, PRESETS, QTYPE_BITS, TAKES, Backend, Quality
+from qlm.recipe.reading import read_recipe
+from qlm.recipe.words import FILE, HUB, Words, listed, refused
+from qlm.strict_yaml import Document, at, in_words, read_yaml
 
 MAX_TEXT = 4096
 
-Backend = Literal["int8", "nf4", "gptq", "quanto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Order = Literal["none", "act", "gar", "static"]
-Quality = Literal["fast", "balanced", "best"]
 ScaleSearch = Literal["minmax", "weighted"]
 Qtype = Literal["qint8", "qint4", "qfloat8"]
 OnFailure = Literal["error", "round_to_nearest"]
 
-# Bits that each backend can write; the first is the default.
-_BITS: dict[str, tuple[int, ...]] = {"int8": (8,), "nf4": (4,), "gptq": (4, 2, 3, 8)}
-_QTYPE_BITS: dict[str, int] = {"qint8": 8, "qint4": 4, "qfloat8": 8}
 # bitsandbytes' default block and quanto's default group for 4 bits; neither is a choice here.
 NF4_BLOCK = 64
 _QUANTO_INT4_GROUP = 128
-# The keys of `quantize` that mean something to each backend; any other is refused rather than ignored.
-_TAKES: dict[str, tuple[str, ...]] = {
-    "int8": (
-        "quality", "bits", "damp", "smooth", "target_shift", "compensate", "sweeps", "bias_correction",
-        "tune_steps", "ignore_first", "input_16bit", "skip", "on_failure",
-    ),
-    "nf4": (
-        "quality", "bits", "double_quant", "damp", "scale_search", "target_shift", "compensate", "sweeps",
-        "bias_correction", "tune_steps", "ignore_first", "skip", "on_failure",
-    ),
-    "gptq": (
-        "quality", "bits", "group_size", "average_bits", "target_size", "symmetric", "damp", "order", "scale_search", "target_shift", "sweeps",
-        "bias_correction", "rounding_steps", "tune_steps", "ignore_first", "skip", "on_failure", "overrides",
-    ),
-    "quanto": ("qtype", "skip"),
-}  # fmt: skip
 # What the letters after a number of bytes mean.
 SIZE_UNITS = {
     "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
 }  # fmt: skip
 MOST_BYTES = 10**15
-# What a quality means: the defaults of these keys, for each backend that takes them.
-PRESETS: dict[Quality, dict[str, Any]] = {
-    "fast": {
-        "target_shift": 0.0, "compensate": False, "sweeps": 0, "bias_correction": False, "smooth": False, "rounding_steps": 0,
-        "tune_steps": 0,
-    },
-    "balanced": {
-        "target_shift": "auto", "compensate": True, "sweeps": 2, "bias_correction": True, "smooth": True, "rounding_steps": 0,
-        "tune_steps": 0,
-    },
-    "best": {
-        "target_shift": "auto", "compensate": True, "sweeps": 4, "bias_correction": True, "smooth": True, "rounding_steps": 200,
-        "tune_steps": 100,
-    },
-}  # fmt: skip
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
 
 
-def _refused(key: str | None, message: str) -> PydanticCustomError:
-    """An error about `key` of the section that is being validated; `message` is "found; allowed"."""
-    return PydanticCustomError("qlm", "{message}", {"key": key, "message": message})
-
-
 def _plain_text(text: str) -> str:
     if not text.isprintable():
-        raise _refused(None, f"found {in_words(text)} with an unprintable character; allowed: printable characters")
+        raise refused(None, f"found {in_words(text)} with an unprintable character; allowed: printable characters")
     if text != text.strip():
-        raise _refused(None, f"found {in_words(text)}; allowed: the same without the space around it")
+        raise refused(None, f"found {in_words(text)}; allowed: the same without the space around it")
     return text
 
 
 def _local_path(text: str) -> str:
     if text.startswith("~"):
-        raise _refused(None, f"found {in_words(text)}; '~' is not expanded here: write the path without it")
+        raise refused(None, f"found {in_words(text)}; '~' is not expanded here: write the path without it")
     return text
 
 
 def _whole(value: object) -> object:
     # pydantic's strict Literal takes 4.0 for 4.
     if isinstance(value, float):
-        raise _refused(None, f"found {in_words(value)}; allowed: a whole number")
+        raise refused(None, f"found {in_words(value)}; allowed: a whole number")
     return value
 
 
@@ -139,10 +84,10 @@ def _size(text: str) -> str:
     """A number and a unit, as `size_in_bytes` takes it."""
     number, unit = _parts_of_size(text)
     if unit not in SIZE_UNITS or number is None or not 1 <= number * SIZE_UNITS[unit] <= MOST_BYTES:
-        allowed = f"bytes as a whole number, or a number with {_listed(SIZE_UNITS, 'or')}, such as 600MB"
+        allowed = f"bytes as a whole number, or a number with {listed(SIZE_UNITS, 'or')}, such as 600MB"
         meant = next((known for known in SIZE_UNITS if known.lower() == unit.lower()), None)
         hint = f"; did you mean {number:g}{meant}?" if number and meant and meant != unit else ""
-        raise _refused(None, f"found {in_words(text)}; allowed: {allowed}{hint}")
+        raise refused(None, f"found {in_words(text)}; allowed: {allowed}{hint}")
     return text
 
 
@@ -170,7 +115,7 @@ PathText = Annotated[Text, AfterValidator(_local_path)]
 Glob = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     # Strict: no text becomes a number, no number a boolean. Frozen: what was validated is what runs.
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -180,13 +125,13 @@ def _preset(key: str) -> Any:
 
     def default(above: dict[str, Any]) -> Any:
         # A backend or a quality that was refused is not there; its error is reported, not this one.
-        quality: Quality = above.get("quality", "fast") if key in _TAKES.get(above.get("backend", ""), ()) else "fast"
+        quality: Quality = above.get("quality", "fast") if key in TAKES.get(above.get("backend", ""), ()) else "fast"
         return PRESETS[quality][key]
 
     return default
 
 
-class OverrideRecipe(_Section):
+class OverrideRecipe(Section):
     """What differs for the linears that a glob matches."""
 
     bits: Bits | None = Field(None, description="Bits per weight of these linears.")
@@ -200,11 +145,11 @@ class OverrideRecipe(_Section):
     def _says_something(self) -> "OverrideRecipe":
         given = {name: value for name, value in self if value is not None}
         if not given:
-            allowed = _listed(OverrideRecipe.model_fields, "or")
-            raise _refused(None, f"found an override that changes nothing; allowed: at least one of {allowed}")
+            allowed = listed(OverrideRecipe.model_fields, "or")
+            raise refused(None, f"found an override that changes nothing; allowed: at least one of {allowed}")
         if self.skip and len(given) > 1:
             other = next(name for name in given if name != "skip")
-            raise _refused(other, "found beside 'skip: true', where it has no effect; remove one of the two")
+            raise refused(other, "found beside 'skip: true', where it has no effect; remove one of the two")
         return self
 
 
@@ -215,10 +160,10 @@ def _calibrated(above: dict[str, Any]) -> bool:
 def _default_bits(above: dict[str, Any]) -> Any:
     # pydantic hands over the fields that stand before `bits`, already validated.
     backend = above["backend"]
-    return _QTYPE_BITS[above["qtype"]] if backend == "quanto" else _BITS[backend][0]
+    return QTYPE_BITS[above["qtype"]] if backend == "quanto" else BITS[backend][0]
 
 
-class QuantizeRecipe(_Section):
+class QuantizeRecipe(Section):
     """How the weights are quantized."""
 
     backend: Backend = Field(
@@ -238,7 +183,7 @@ class QuantizeRecipe(_Section):
         description="Bits per weight. "
         + "; ".join(
             f"{backend}: {', '.join(map(str, sorted(bits)))}" + (f", default {bits[0]}" if len(bits) > 1 else "")
-            for backend, bits in _BITS.items()
+            for backend, bits in BITS.items()
         )
         + ".",
     )
@@ -339,33 +284,33 @@ class QuantizeRecipe(_Section):
 
     @model_validator(mode="after")
     def _fits_backend(self) -> "QuantizeRecipe":
-        takes = _TAKES[self.backend]
+        takes = TAKES[self.backend]
         for key in QuantizeRecipe.model_fields:
             if key in self.model_fields_set and key != "backend" and key not in takes:
-                allowed = _listed(takes, "and")
-                raise _refused(key, f"found with backend {self.backend}, which takes {allowed}; remove it")
+                allowed = listed(takes, "and")
+                raise refused(key, f"found with backend {self.backend}, which takes {allowed}; remove it")
         if self.average_bits is not None and self.target_size is not None:
-            raise _refused(
+            raise refused(
                 "target_size", "found beside average_bits, which says the same in another way; remove one of the two"
             )
         if self.budget_key is not None:
             for key in ("bits", "group_size"):
                 if key in self.model_fields_set:
-                    raise _refused(
+                    raise refused(
                         key, f"found beside {self.budget_key}, which chooses it for each linear; remove one of the two, or name the linears in overrides"
                     )  # fmt: skip
-        allowed_bits = _BITS.get(self.backend, (self.bits,))
+        allowed_bits = BITS.get(self.backend, (self.bits,))
         if self.bits not in allowed_bits:
-            allowed = _listed(sorted(allowed_bits), "or")
-            raise _refused("bits", f"found {self.bits} with backend {self.backend}; allowed: {allowed}")
+            allowed = listed(sorted(allowed_bits), "or")
+            raise refused("bits", f"found {self.bits} with backend {self.backend}; allowed: {allowed}")
         for glob in self.input_16bit:
             if glob in self.skip:
-                raise _refused(
+                raise refused(
                     "input_16bit", f"found {in_words(glob, '')} here and in skip, which wins; remove one of the two"
                 )
         for glob, override in self.overrides.items():
             if glob in self.skip and override.skip is not False:
-                raise _refused(
+                raise refused(
                     "overrides", f"found {in_words(glob, '')} here and in skip, which wins; remove one of the two"
                 )
         return self
@@ -378,7 +323,7 @@ class QuantizeRecipe(_Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether anything in it looks at calibration text."""
-        takes = _TAKES[self.backend]
+        takes = TAKES[self.backend]
         looking = ("target_shift", "compensate", "sweeps", "bias_correction", "smooth", "tune_steps")
         weighted = self.backend == "nf4" and self.scale_search == "weighted"
         return self.backend == "gptq" or weighted or any(getattr(self, key) for key in looking if key in takes)
@@ -394,7 +339,7 @@ class QuantizeRecipe(_Section):
         return bool(self.target_shift == "auto" or self.rounding_steps or self.tune_steps)
 
 
-class HubDataset(_Section):
+class HubDataset(Section):
     """A dataset of the Hugging Face hub."""
 
     name: Text = Field(description="Dataset on the hub, `owner/name`. One that needs a loading script cannot be used.")
@@ -408,22 +353,22 @@ class HubDataset(_Section):
 
 
 def _data_kind(value: object) -> str:
-    return "<hub>" if isinstance(value, Mapping | HubDataset) else "<file>"
+    return HUB if isinstance(value, Mapping | HubDataset) else FILE
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """Where text comes from."""
 
-    data: Annotated[
-        Annotated[PathText, Tag("<file>")] | Annotated[HubDataset, Tag("<hub>")], Discriminator(_data_kind)
-    ] = Field(description="A text file (UTF-8), a `.jsonl` file with one JSON object a line, or a dataset on the hub.")
+    data: Annotated[Annotated[PathText, Tag(FILE)] | Annotated[HubDataset, Tag(HUB)], Discriminator(_data_kind)] = (
+        Field(description="A text file (UTF-8), a `.jsonl` file with one JSON object a line, or a dataset on the hub.")
+    )
     column: Text = Field("text", description="Field of each object of a `.jsonl` file that holds the text.")
 
     @model_validator(mode="after")
     def _column_means_something(self) -> "DataSource":
         if "column" in self.model_fields_set and not self.is_jsonl:
             advice = "write it inside data" if isinstance(self.data, HubDataset) else "remove it"
-            raise _refused("column", f"found with data that is no .jsonl file; {advice}")
+            raise refused("column", f"found with data that is no .jsonl file; {advice}")
         return self
 
     @property
@@ -456,7 +401,7 @@ class EvaluateRecipe(DataSource):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One model, quantized one way."""
 
     model: PathText = Field(description="A folder, or a model on the hub: `owner/name`.")
@@ -472,35 +417,49 @@ class Recipe(_Section):
     @model_validator(mode="before")
     @classmethod
     def _quality_without_text(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("quantize"), Mapping) and data.get("calibration") is None:
-            return {**data, "quantize": without_text(data["quantize"])}
-        return data
+        return quality_without_text(data)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
-        backend = self.quantize.backend
-        if self.quantize.needs_calibration and self.calibration is None:
-            way_out = "" if backend == "gptq" else "; 'quality: fast' alone looks at no text"
-            raise _refused("calibration", f"missing; backend {backend} needs a section with data{way_out}")
-        if not self.quantize.needs_calibration and self.calibration is not None:
-            as_it_is = f" with quality {self.quantize.quality}" if backend in ("int8", "nf4") else ""
-            raise _refused("calibration", f"found with backend {backend}, which looks at no text{as_it_is}; remove it")
-        if self.quantize.budget_key is not None and self.task != "causal-lm":
-            raise _refused(
-                "task",
-                f"found {self.task} beside quantize.{self.quantize.budget_key}; bits are chosen by what a causal-lm predicts",
-            )
+        check_calibration(self.quantize, self.calibration, self.task)
         if self.evaluate is not None and self.task != "causal-lm":
-            raise _refused("evaluate", f"found with task {self.task}; only causal-lm has a perplexity: remove it")
+            raise refused("evaluate", f"found with task {self.task}; only causal-lm has a perplexity: remove it")
         inputs = {"model": self.model}
         for key, section in (("calibration.data", self.calibration), ("evaluate.data", self.evaluate)):
             if section is not None and isinstance(section.data, str):
                 inputs[key] = section.data
         for key, path in inputs.items():
-            if _contains(self.output, path):
+            if contains(self.output, path):
                 found = f"found {in_words(self.output, '')}, which holds {key} {in_words(path, '')}"
-                raise _refused("output", f"{found}; allowed: a folder of its own")
+                raise refused("output", f"{found}; allowed: a folder of its own")
         return self
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The folders that it writes."""
+        return (self.output,)
+
+
+def quality_without_text(data: Any) -> Any:
+    """A recipe's mapping, its `quantize` section as it is meant where there is no calibration text."""
+    if isinstance(data, Mapping) and isinstance(data.get("quantize"), Mapping) and data.get("calibration") is None:
+        return {**data, "quantize": without_text(data["quantize"])}
+    return data
+
+
+def check_calibration(quantize: QuantizeRecipe, calibration: CalibrationRecipe | None, task: Task) -> None:
+    """Refuse calibration text that is missing or would be ignored, and a budget of bits for a head; for validators of recipes."""
+    backend = quantize.backend
+    if quantize.needs_calibration and calibration is None:
+        way_out = "" if backend == "gptq" else "; 'quality: fast' alone looks at no text"
+        raise refused("calibration", f"missing; backend {backend} needs a section with data{way_out}")
+    if not quantize.needs_calibration and calibration is not None:
+        as_it_is = f" with quality {quantize.quality}" if backend in ("int8", "nf4") else ""
+        raise refused("calibration", f"found with backend {backend}, which looks at no text{as_it_is}; remove it")
+    if quantize.budget_key is not None and task != "causal-lm":
+        raise refused(
+            "task", f"found {task} beside quantize.{quantize.budget_key}; bits are chosen by what a causal-lm predicts"
+        )
 
 
 def without_text(section: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -508,7 +467,7 @@ def without_text(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"quality": "fast", **section} if section.get("backend") in ("int8", "nf4") else section
 
 
-def _contains(folder: str, path: str) -> bool:
+def contains(folder: str, path: str) -> bool:
     """Whether `path` is `folder` or lies in it, by name alone."""
     outer, inner = os.path.abspath(folder), os.path.abspath(path)
     return os.path.commonpath([outer, inner]) == outer
@@ -586,15 +545,21 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     not happen.
     """
     plain = recipe.model_dump(mode="json")
-    takes = ("backend", *_TAKES[recipe.quantize.backend])
+    takes = ("backend", *TAKES[recipe.quantize.backend])
     unused = ("bits", "group_size") if recipe.quantize.budget_key is not None else ("average_bits", "target_size")
     plain["quantize"] = {key: value for key, value in plain["quantize"].items() if key in takes and key not in unused}
     for glob, override in plain["quantize"].get("overrides", {}).items():
         plain["quantize"]["overrides"][glob] = {key: value for key, value in override.items() if value is not None}
     for key, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
-        if section is not None and not section.is_jsonl:
-            del plain[key]["column"]
+        if section is not None:
+            used_source(plain[key], section)
     return plain
+
+
+def used_source(plain: dict[str, Any], source: DataSource) -> None:
+    """Take `column` out of a section's plain values where it has no effect."""
+    if not source.is_jsonl:
+        del plain["column"]
 
 
 def quantize_section(section: QuantizeRecipe | Mapping[str, Any], calibrated: bool = False) -> QuantizeRecipe:
@@ -611,24 +576,32 @@ def quantize_section(section: QuantizeRecipe | Mapping[str, Any], calibrated: bo
     try:
         return QuantizeRecipe.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_explain(error, Document({"quantize": data}), ("quantize",))) from None
+        raise UsageError(_WORDS.explain(error, Document({"quantize": data}), ("quantize",))) from None
 
 
-def refuse_shared_outputs(recipes: Mapping[str, Recipe]) -> None:
+class Outputs(Protocol):
+    """A recipe of either kind, as far as its folders go."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+
+
+def refuse_shared_outputs(recipes: Mapping[str, Outputs]) -> None:
     """Refuse recipes, by their files, of which one would write into the output of another.
 
     Raises:
         UsageError: naming both recipes.
     """
-    seen: list[tuple[str, Recipe]] = []
+    seen: list[tuple[str, str]] = []
     for source, recipe in recipes.items():
-        for other_source, other in seen:
-            if _contains(recipe.output, other.output) or _contains(other.output, recipe.output):
-                raise UsageError(
-                    f"{source}: output: found {in_words(recipe.output, '')}, and {other_source} writes to "
-                    f"{in_words(other.output, '')}; allowed: a folder of its own for each recipe"
-                )
-        seen.append((source, recipe))
+        for output in recipe.outputs:
+            for other_source, other in seen:
+                if other_source != source and (contains(output, other) or contains(other, output)):
+                    raise UsageError(
+                        f"{source}: output: found {in_words(output, '')}, and {other_source} writes to "
+                        f"{in_words(other, '')}; allowed: a folder of its own for each recipe"
+                    )
+            seen.append((source, output))
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -639,35 +612,7 @@ def load_recipe(path: str | Path) -> Recipe:
         UsageError: it is no regular file, too large, may not be read, is not UTF-8, or says what is not allowed.
         ReadWriteError: reading failed half-way.
     """
-    source = os.fspath(path)
-    try:
-        # A pipe would block `open` for ever, so the kind is asked first.
-        status = os.stat(source)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise UsageError(f"{source}: found {kind}; allowed: a recipe, a YAML file")
-        with open(source, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise MissingInput(f"{source}: no such recipe{_neighbour(source)}") from None
-    except PermissionError:
-        raise UsageError(f"{source}: may not be read; change its permissions, or name another recipe") from None
-    except ValueError:
-        raise MissingInput(f"{source}: no such recipe; a file name holds no NUL character") from None
-    except OSError as error:
-        raise ReadWriteError(f"{source}: the recipe cannot be read: {error.strerror or error}") from None
-    if len(raw) > MAX_BYTES:
-        raise UsageError(f"{source}:1:1: found {status.st_size} bytes; allowed: a recipe of at most {MAX_BYTES}")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start].decode("utf-8")
-        line, column = position(before, len(before))
-        raise UsageError(
-            f"{source}:{line}:{column}: found byte 0x{raw[error.start]:02x}, which is not UTF-8; "
-            "allowed: a recipe, YAML in UTF-8"
-        ) from None
-    return parse_recipe(text, source)
+    return parse_recipe(*read_recipe(path))
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
@@ -678,252 +623,27 @@ def parse_recipe(text: str, source: str) -> Recipe:
     """
     try:
         document = read_yaml(text)
-        try:
-            return Recipe.model_validate(document.value)
-        except ValidationError as error:
-            raise UsageError(_explain(error, document)) from None
+        if isinstance(document.value, dict) and "train" in document.value:
+            raise at(
+                document.keys[("train",)],
+                "found in a recipe that is to quantize; a recipe with this section trains, with 'qlm finetune'",
+                ("train",),
+            )
+        return _WORDS.validated(document)
     except QlmError as error:
         raise type(error)(f"{source}:{error}") from None
 
 
-def _neighbour(source: str) -> str:
-    """A hint at a recipe of nearly the same name in the same folder, or nothing."""
-    folder, name = os.path.split(source)
-    try:
-        names = [entry for entry in os.listdir(folder or ".") if entry.endswith((".yaml", ".yml"))]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
-
-
-# --- errors in words --------------------------------------------------------------------------------------------------
-
-
-def _listed(options: Iterable[object], word: str) -> str:
-    words = [str(option) for option in options]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {word} {words[-1]}"
-
-
-def _close(found: str, options: Iterable[object]) -> str | None:
-    """The option that `found` is a near miss of."""
-    folded = {str(option).lower().replace("-", "_"): str(option) for option in options}
-    close = difflib.get_close_matches(found[:200].lower().replace("-", "_"), folded, n=1)
-    return folded[close[0]] if close else None
-
-
-_YAML_1_1_BOOL = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-
-
-@functools.cache
-def _schema() -> dict[str, Any]:
-    return Recipe.model_json_schema()
-
-
-def _schema_node(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _schema()["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
-
-
-def _alternatives(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    node = _schema_node(node)
-    nodes = node.get("anyOf") or node.get("oneOf")
-    return [leaf for option in nodes for leaf in _alternatives(option)] if nodes else [node]
-
-
-def _schema_at(path: KeyPath) -> Mapping[str, Any] | None:
-    """The JSON Schema of the value at `path`, or None where no recipe has one."""
-    node: Mapping[str, Any] = _schema()
-    for step in path:
-        for option in _alternatives(node):
-            child = option.get("items") if isinstance(step, int) else option.get("properties", {}).get(step)
-            child = child or (option.get("additionalProperties") if isinstance(step, str) else None)
-            if child:
-                node = child
-                break
-        else:
-            return None
-    return node
-
-
-def _choices(node: Mapping[str, Any]) -> list[Any]:
-    """The values that a JSON Schema node lists, if it does."""
-    return list(node["enum"]) if "enum" in node else [node["const"]] if "const" in node else []
-
-
-def _allowed(node: Mapping[str, Any]) -> str:
-    """The values that a JSON Schema node allows, in words."""
-    options = _alternatives(node)
-    if len(options) > 1:
-        return _listed([choice for option in options for choice in _choices(option) or [_allowed(option)]], "or")
-    node = options[0]
-    if _choices(node):
-        return _listed(_choices(node), "or")
-    kind = node.get("type")
-    if kind == "integer":
-        return f"a whole number from {node['minimum']} to {node['maximum']}"
-    if kind == "number" and "minimum" in node:
-        return f"a number from {node['minimum']:g} to {node['maximum']:g}"
-    if kind == "number":
-        return f"a number above {node['exclusiveMinimum']:g}, at most {node['maximum']:g}"
-    if kind == "array":
-        items = _allowed(node["items"]).removeprefix("a ")
-        return f"a list of {'one or more ' if node.get('minItems') else ''}{items}s"
-    if kind == "object" and "properties" in node:
-        return f"a section with {_listed(node['properties'], 'and')}"
-    if kind == "object":
-        return f"a mapping from text to {_allowed(node['additionalProperties'])}"
-    return {"boolean": "true or false", "string": "a text", "null": "null"}[str(kind)]
-
-
-def _explain(error: ValidationError, document: Document, prefix: KeyPath = ()) -> str:
-    """The first of pydantic's errors, by its place in the file, as "line:column: key.path: found; allowed"."""
-    complaints: list[tuple[bool, Mark, str]] = []
-    for detail in error.errors(include_url=False):
-        # A default that depends on a field which is itself wrong: pydantic says so a second time.
-        if detail["type"] == "default_factory_not_called":
-            continue
-        path, value, is_key = _place(detail, document, prefix)
-        context = detail.get("ctx", {})
-        is_missing = detail["type"] == "missing"
-        if detail["type"] == "qlm":
-            if context["key"] is not None:
-                path, is_key = (*path, context["key"]), True
-            message = context["message"]
-        elif detail["type"] in ("extra_forbidden", "invalid_key"):
-            is_key = True
-            message = _unknown_key(path, document.value)
-        elif is_missing:
-            message = f"missing; allowed: {_allowed(_schema_at(path) or {'type': 'string'})}"
-        elif is_key:
-            message = f"found {in_words(path[-1])} as a key; allowed: a text of 1 to 256 characters"
-        elif detail["type"] in ("string_too_short", "string_too_long"):
-            limits = [option.get("maxLength", 0) for option in _alternatives(_schema_at(path) or {})]
-            message = f"found {in_words(value)}; allowed: a text of 1 to {max(limits)} characters"
-        elif detail["type"] == "too_long":
-            message = f"found {context['actual_length']} entries; allowed: at most {context['max_length']}"
-        else:
-            message = _wrong_value(path, value, document.numbers.get(path))
-        mark = document.keys.get(path) if is_key else None
-        # What is missing has no place of its own; the section that lacks it has.
-        for length in range(len(path), -1, -1):
-            mark = mark or document.values.get(path[:length])
-        # A misspelt key is also a missing one, and says more.
-        complaints.append((is_missing, mark or (0, 0), f"{dotted(path)}: {message}"))
-    _, (line, column), message = min(complaints, key=lambda complaint: complaint[:2])
-    return f"{line}:{column}: {message}" if line else message
-
-
-def _place(detail: Any, document: Document, prefix: KeyPath) -> tuple[KeyPath, Any, bool]:
-    """Path of one of pydantic's errors, the value there, and whether the error is about the key rather than the value.
-
-    pydantic mixes notes of its own into the path, such as the alternative of a union that it tried.
-    """
-    value, path, is_key, tagged = document.value, prefix, False, False
-    for step in prefix:
-        value = value[step]
-    for index, step in enumerate(detail["loc"]):
-        if path in (("calibration", "data"), ("evaluate", "data")) and step in ("<file>", "<hub>") and not tagged:
-            tagged = True
-        elif step in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(step, int):
-            path, value = (*path, step), value[step]
-        elif detail["type"] == "missing" and index == len(detail["loc"]) - 1:
-            path, value = (*path, step), None
-        else:
-            is_key = step == "[key]"
-    return path, value, is_key
-
-
-def _unknown_key(path: KeyPath, data: Any) -> str:
-    name = str(path[-1])
-    options = [key for option in _alternatives(_schema_at(path[:-1]) or {}) for key in option.get("properties", ())]
-    if path[:-1] == ("quantize",):
-        backend = data["quantize"].get("backend")
-        takes = _TAKES.get(backend) if isinstance(backend, str) else None
-        options = ["backend", *takes] if takes else options
-    message = f"unknown key; allowed: {', '.join(options)}"
-    homes = [(), ("quantize",), ("calibration",), ("evaluate",)]
-    for home in homes:
-        if home != path[:-1] and name in _alternatives(_schema_at(home) or {})[0].get("properties", {}):
-            place = f"{name} at the top level" if home == () else dotted((*home, name))
-            return f"{message}; did you mean {place}?"
-    close = _close(name, options)
-    return f"{message}; did you mean {close}?" if close else message
-
-
-def _wrong_value(path: KeyPath, value: object, number: str | None) -> str:
-    node = _schema_at(path) or {"type": "string"}
-    options = [str(choice) for option in _alternatives(node) for choice in _choices(option)]
-    found = f"the number {number}" if number else in_words(value)
-    message = f"found {found}; allowed: {_allowed(node)}"
-    kinds = [option.get("type") for option in _alternatives(node)]
-    if isinstance(value, str):
-        close = _close(value, options)
-        if "boolean" in kinds:
-            close = _YAML_1_1_BOOL.get(value.lower()) or _close(value, ("true", "false"))
-        elif not close and "string" not in kinds and FLOAT.fullmatch(value.replace("_", "")):
-            close = value.replace("_", "")
-        if close:
-            message += f"; did you mean {close}, without quotes?" if close == value else f"; did you mean {close}?"
-        return message
-    if "string" in kinds and not options and isinstance(value, int | float | None):
-        return f"{message}; put it in quotes if it is meant as text"
-    return message
-
-
 # --- for editors and for the README -----------------------------------------------------------------------------------
+
+_WORDS = Words(Recipe)
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe, for editors; `qlm schema` prints it."""
-    schema = json.loads(json.dumps(_schema()))
-    section = schema["$defs"]["QuantizeRecipe"]
-    section["allOf"] = [
-        {
-            "if": {"properties": {"backend": {"const": backend}}, "required": ["backend"]},
-            "then": {
-                "properties": {
-                    **{key: False for key in section["properties"] if key not in ("backend", *_TAKES[backend])},
-                    **({"bits": {"enum": sorted(_BITS[backend])}} if backend in _BITS else {}),
-                }
-            },
-        }
-        for backend in get_args(Backend)
-    ]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "qlm recipe"}
+    return _WORDS.json_schema("qlm recipe")
 
 
 def schema_table() -> str:
     """Every key of a recipe as a Markdown table: key, what is allowed, default, meaning."""
-    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
-    expanded: dict[str, str] = {}
-
-    def add(node: Mapping[str, Any], prefix: str) -> None:
-        for name, child in node["properties"].items():
-            key = f"{prefix}{name}"
-            sections = [option for option in _alternatives(child) if option.get("type") == "object"]
-            inner = _schema_node(sections[0].get("additionalProperties") or sections[0]) if sections else None
-            title = inner["title"] if inner else ""
-            allowed = " or ".join(
-                ("a mapping" if option.get("additionalProperties") else "a section")
-                if option.get("type") == "object"
-                else _allowed(option)
-                for option in _alternatives(child)
-            )
-            if title in expanded:
-                allowed = allowed.replace("a section", f"a section like `{expanded[title]}`")
-            takers = [backend for backend, keys in _TAKES.items() if prefix == "quantize." and name in keys]
-            meaning = child.get("description") or _schema_node(child)["description"]
-            if takers and len(takers) < len(_TAKES):
-                meaning = f"({', '.join(takers)}) {meaning}"
-            if name in node.get("required", ()):
-                default = "required"
-            else:
-                by = "by quality" if name in PRESETS["fast"] else "by backend"
-                default = f"`{json.dumps(child['default'])}`" if "default" in child else by
-            rows.append(f"| `{key}` | {allowed} | {default} | {meaning} |".replace("\n", " "))
-            if inner and title not in expanded:
-                expanded[title] = key
-                add(inner, key + (".<glob>." if sections[0].get("additionalProperties") else "."))
-
-    add(_schema(), "")
-    return "\n".join(rows) + "\n"
+    return _WORDS.table()

@@ -1,0 +1,113 @@
+"""Kill -9 at random moments of a training run; the same command again must end with the same bytes.
+
+    python evals/finetune_kill.py [--runs 20] [--model evals/checkpoints/tiny-opt] [--backend nf4] [--steps 40] [--seed 0]
+
+The recipe (a LoRA adapter with dropout on a quantized base, a checkpoint every third step) runs once without interruption, in a temporary
+folder. Then, for each run: start it anew, send SIGKILL at a random moment between the first byte on the disk and the usual end, run
+the same command to its end, and compare SHA-256 of every file. One line a kill; the last line is JSON. The exit code is 1 if any run
+differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+try:
+    from evals.kill_test import finish, hashes, wait_for
+except ImportError:  # started as a file
+    from kill_test import finish, hashes, wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+# One thread: the moments then mean the same on a busy machine, and the interpreter is this one.
+COMMAND = [sys.executable, "-c", "from qlm.cli import main; main()", "finetune", "--quiet", "--threads", "1"]
+
+
+def start(recipe: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*COMMAND, str(recipe)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def recipe_for(model: Path, backend: str, steps: int, output: Path) -> dict[str, object]:
+    calibration = {"data": str(ROOT / "calibration_data" / "english.txt"), "samples": 8, "length": 64}
+    return {
+        "model": str(model),
+        "quantize": {"backend": backend},
+        **({"calibration": calibration} if backend == "gptq" else {}),
+        "adapter": {"r": 8, "dropout": 0.1},
+        "train": {
+            "data": str(ROOT / "calibration_data" / "python.txt"), "validation": 0.01, "steps": steps, "batch_size": 2,
+            "gradient_accumulation": 2, "max_length": 64, "learning_rate": 1e-3, "save_every": 3, "evaluate_every": 10,
+        },
+        "output": str(output),
+    }  # fmt: skip
+
+
+def newest(partial: Path) -> int:
+    """Step of the newest checkpoint; 0 where there is none."""
+    return max((int(path.name[5:]) for path in partial.glob("checkpoints/step-*[0-9]")), default=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--model", type=Path, default=ROOT / "evals" / "checkpoints" / "tiny-opt")
+    parser.add_argument("--backend", choices=("nf4", "int8", "gptq"), default="nf4")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    began = time.monotonic()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary) / "out"
+        partial = output.with_name("out.partial")
+        recipe = Path(temporary) / "recipe.yaml"
+        # JSON is YAML.
+        recipe.write_text(json.dumps(recipe_for(options.model.resolve(), options.backend, options.steps, output)))
+
+        process = start(recipe)
+        first = wait_for(process, partial)
+        finish(process)
+        seconds = time.monotonic() - first
+        wanted = hashes(output)
+        print(f"{options.model.name}: {len(wanted)} files, {seconds:.2f} s from the first byte to the end", flush=True)
+
+        identical = killed = 0
+        while killed < options.runs:
+            shutil.rmtree(output)
+            process = start(recipe)
+            wait_for(process, partial)
+            time.sleep(chance.uniform(0, seconds))
+            process.kill()
+            process.communicate()
+            if process.returncode == 0:
+                continue  # it was quicker than usual and had ended: no kill
+            killed += 1
+            left = newest(partial)
+            finish(start(recipe))
+            same = hashes(output) == wanted and not partial.exists()
+            identical += same
+            print(
+                f"{killed:3d}/{options.runs}: killed with a checkpoint of step {left} of {options.steps}; then "
+                f"{'identical' if same else 'DIFFERENT'}",
+                flush=True,
+            )
+    result = {
+        "model": options.model.name, "backend": options.backend, "steps": options.steps, "kills": killed,
+        "identical": identical, "files": len(wanted), "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    print(json.dumps(result))
+    sys.exit(0 if identical == options.runs else 1)
+
+
+if __name__ == "__main__":
+    main()
