@@ -132,6 +132,7 @@ class Engine:
         threads: int | None = None,
         head: str = "auto",
         cache_dtype: str = "auto",
+        adapter: str | Path | None = None,
     ) -> None:
         """
         Args:
@@ -142,6 +143,7 @@ class Engine:
                 loading; "auto": int8 for a quantized checkpoint, float for a float one.
             cache_dtype: of keys and values: "float32", "float16", "bfloat16" or "int8"; "auto": float16 for a quantized
                 checkpoint, float32 for a float one.
+            adapter: folder of a LoRA adapter, which is computed beside the weights in float32.
 
         Raises UsageError for options, Unavailable where the native library is not built or cannot run, and what
         opening a checkpoint raises (checkpoint/reader.py).
@@ -150,7 +152,7 @@ class Engine:
             not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= cpu.MOST_THREADS
         ):
             raise UsageError(f"threads {threads!r}: expected a whole number from 1 to {cpu.MOST_THREADS}")
-        weights = Weights.open(path, revision, head, threads)
+        weights = Weights.open(path, revision, head, threads, adapter)
         self._set_up(Decoder(weights, threads, cache_dtype), weights)
 
     def _set_up(self, decoder: Any, weights: Any) -> None:

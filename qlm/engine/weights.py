@@ -21,11 +21,13 @@ from typing import Any, Final
 import numpy as np
 
 from qlm.arch import FamilySpec
+from qlm.checkpoint.adapter import Adapter, Delta, base_facts, read_adapter, refuse_other_base
 from qlm.checkpoint.causal_lm import OpenedCheckpoint, open_causal_lm
 from qlm.checkpoint.reader import Checkpoint, MappedTensor
 from qlm.errors import DataError, QlmError, UsageError
 from qlm.formats import gptq, nf4
 from qlm.formats.dtypes import to_float32
+from qlm.formats.layout import in_block
 from qlm.kernels import activations, cpu
 
 HEADS: Final = ("auto", "int8", "float")
@@ -59,10 +61,13 @@ class Weights:
             model_type, backend ("float", "int8", "nf4" or "gptq"), bits (of most of the linears), dtype (of the tensors
             that are not quantized), head (what its matrix is multiplied as: "int8" or a float dtype), activations (how
             the kernels round them: "float", "int8 in groups of 128", or several such), bytes_per_token (that one decoded
-            token reads: all linears with their scales, and the head), checkpoint_bytes (of its tensors).
+            token reads: all linears with their scales and adapters, and the head), checkpoint_bytes (of its tensors), and, where
+            there is one, adapter: how it is known to belong to the checkpoint, in words.
     """
 
-    def __init__(self, opened: OpenedCheckpoint, head: str, team: cpu.Team) -> None:
+    def __init__(
+        self, opened: OpenedCheckpoint, head: str, team: cpu.Team, adapter: Adapter | None = None, belongs: str = ""
+    ) -> None:
         self.opened = opened
         self.config: Mapping[str, Any] = opened.fields
         self.spec: FamilySpec = opened.spec
@@ -76,7 +81,7 @@ class Weights:
         for mapped in opened.checkpoint.mappings():
             native.qlm_mapping_register(mapped.ctypes.data, mapped.nbytes)
             registered.append(mapped.ctypes.data)
-        builder = _Builder(opened, team)
+        builder = _Builder(opened, team, adapter.deltas() if adapter is not None else {})
         self.model = _FAMILIES[self.spec.model_type](builder)
         kind = builder.head(self.model, head)
         self._keep = builder.keep
@@ -84,10 +89,17 @@ class Weights:
         for address in registered:
             native.qlm_mapping_check(address)
         self.facts: dict[str, Any] = _facts(opened, kind, builder.bytes_per_token)
+        if adapter is not None:
+            self.facts["adapter"] = belongs
 
     @classmethod
     def open(
-        cls, path: str | Path, revision: str | None = None, head: str = "auto", threads: int | None = None
+        cls,
+        path: str | Path,
+        revision: str | None = None,
+        head: str = "auto",
+        threads: int | None = None,
+        adapter: str | Path | None = None,
     ) -> "Weights":
         """Open a folder, a hub cache folder or a hub id.
 
@@ -96,9 +108,11 @@ class Weights:
                 each row, in memory. "auto": int8 for a quantized checkpoint, whose head is the largest matrix that is
                 left in floating point; float for a float checkpoint, whose numbers should be its own.
             threads: that prepare the weights; as many as the process may use by default.
+            adapter: folder of a LoRA adapter to compute beside the linears, in float32.
 
         Raises:
-            MissingInput, DataError: the checkpoint is not there, damaged, or not what its config says.
+            MissingInput, DataError: the checkpoint or the adapter is not there, damaged, or not what its config says, or they do not
+                belong together.
             UsageError: something that the CPU engine does not run, or another `head`.
             Unavailable: the CPU kernels are not installed, or not enough memory.
         """
@@ -106,12 +120,25 @@ class Weights:
             raise UsageError(f"head: {head!r}; expected one of {', '.join(HEADS)}")
         cpu.library()  # says first of all if there is none
         opened = open_causal_lm(path, revision)
+        read = None if adapter is None else read_adapter(adapter)
+        belongs = "" if read is None else _belongs(read, opened, path, revision)
         with cpu.Team(threads) as team:
-            return cls(opened, head, team)
+            return cls(opened, head, team, read, belongs)
 
     @property
     def checkpoint(self) -> Checkpoint:
         return self.opened.checkpoint
+
+
+def _belongs(adapter: Adapter, opened: OpenedCheckpoint, path: str | Path, revision: str | None) -> str:
+    """How the adapter is known to belong to the checkpoint; raises DataError where it does not."""
+    if adapter.task != "causal-lm":
+        raise UsageError(
+            f"{adapter.folder}: an adapter for {adapter.task}; the CPU engine runs language models: load it with qlm.load"
+        )
+    linears = {name: shape for name, shape in opened.linears.items() if in_block(name)}
+    adapter.check(linears, {}, opened.spec.model_type)
+    return refuse_other_base(adapter, opened.checkpoint.folder, base_facts(path, revision)["files"])
 
 
 def _unregister(native: cpu.Native, registered: list[int], checkpoint: Checkpoint) -> None:
@@ -176,8 +203,8 @@ class _Builder:
         bytes_per_token: of what the linears made so far read for one token.
     """
 
-    def __init__(self, opened: OpenedCheckpoint, team: cpu.Team) -> None:
-        self.opened, self.team = opened, team
+    def __init__(self, opened: OpenedCheckpoint, team: cpu.Team, deltas: Mapping[str, Delta]) -> None:
+        self.opened, self.team, self.deltas = opened, team, deltas
         self.keep: list[Any] = [opened]
         self.bytes_per_token = 0
         self.native = cpu.library()
@@ -215,11 +242,19 @@ class _Builder:
             raise DataError(f"{path}: {error}") from None
         if linear.bias:
             self.bytes_per_token += 4 * rows
+        if path in self.deltas:
+            self.add_adapter(linear, self.deltas[path])
         try:
             self.native.qlm_linear_check(linear)
         except UsageError as error:
             raise UsageError(f"{path}: {error}; run it with --runtime transformers") from None
         return linear
+
+    def add_adapter(self, linear: cpu.Linear, delta: Delta) -> None:
+        a = np.ascontiguousarray(delta.a)
+        b = np.ascontiguousarray((np.float32(delta.scaling) * delta.b).T)
+        linear.rank, linear.adapter_a, linear.adapter_b = len(a), self.address(a), self.address(b)
+        self.bytes_per_token += a.nbytes + b.nbytes
 
     def blocks(self, prefix: str, count: int, paths: _Paths) -> Any:
         """ctypes array of the blocks."""

@@ -1,12 +1,14 @@
 """Folders for the CPU decoder's tests, and their exact logits: `engine/reference.py` in float64 on dequantized weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 
+from qlm.checkpoint.adapter import Delta
 from qlm.engine import reference
 from qlm.load import open_source
 from qlm.quantize import quantize
@@ -47,8 +49,8 @@ def quantized_folder(
     return folder
 
 
-def exact_logits(folder: Path, ids: torch.Tensor) -> np.ndarray:
-    """float64 [B, T, V] of ids [B, T]."""
+def exact_logits(folder: Path, ids: torch.Tensor, deltas: Mapping[str, Delta] = MappingProxyType({})) -> np.ndarray:
+    """float64 [B, T, V] of ids [B, T]. deltas: path of a linear to what an adapter adds to its weight."""
     source, empty = open_source(folder)
     tensors = {}
     for name, stored in source.file_names.items():
@@ -60,5 +62,8 @@ def exact_logits(folder: Path, ids: torch.Tensor) -> np.ndarray:
         shape = tuple(empty.get_submodule(path).weight.shape)
         parts = {suffix: source.read(f"{path}.{suffix}") for suffix in source.backend.layout(shape, how)}
         tensors[f"{path}.weight"] = source.backend.dequantize(parts, shape, how)
+    for path, delta in deltas.items():
+        added = torch.from_numpy(delta.b).double() @ torch.from_numpy(delta.a).double()
+        tensors[f"{path}.weight"] = tensors[f"{path}.weight"].double() + delta.scaling * added
     config = source.config.to_dict()
     return reference.logits(source.spec.model_type, config, tensors, ids, dtype=torch.float64).numpy()

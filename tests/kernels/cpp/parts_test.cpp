@@ -269,6 +269,39 @@ void attention(const Kernels &k, Memory &memory, Random &random) {
   }
 }
 
+void low_rank(const Kernels &k, Memory &memory, Random &random) {
+  for (int64_t width = 1; width <= 150; width += width < 70 ? 1 : 9) {
+    qlm_linear linear = {};
+    linear.in_features = width, linear.out_features = 151 - width, linear.rank = static_cast<int32_t>(1 + width % 5);
+    const int64_t O = linear.out_features, r = linear.rank, tokens = 1 + width % 3;
+    const std::vector<float> a = normals(r * width, random), b = normals(r * O, random), x = normals(tokens * width, random), y = normals(tokens * O, random);
+    linear.adapter_a = placed(memory.a, a), linear.adapter_b = placed(memory.b, b);
+    const float *const input = placed(memory.c, x);
+    float *const hidden = memory.d.place<float>(tokens * r);
+    for (int64_t t = 0; t < tokens; ++t) k.low_rank_down(linear, input + t * width, hidden + t * r);
+    float *const out = placed(memory.e, y);
+    const int64_t middle = O / 3;
+    k.low_rank_up(linear, tokens, hidden, 0, middle, QLM_RELU, out, O);
+    k.low_rank_up(linear, tokens, hidden, middle, O, QLM_NONE, out, O);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t o = 0; o < O; ++o) {
+        double expected = static_cast<double>(y[static_cast<size_t>(t * O + o)]), size = std::fabs(expected);
+        for (int64_t j = 0; j < r; ++j) {
+          double inner = 0, inner_size = 0;
+          for (int64_t i = 0; i < width; ++i) {
+            const double product = static_cast<double>(a[static_cast<size_t>(j * width + i)]) * static_cast<double>(x[static_cast<size_t>(t * width + i)]);
+            inner += product, inner_size += std::fabs(product);
+          }
+          const double factor = static_cast<double>(b[static_cast<size_t>(j * O + o)]);
+          expected += factor * inner, size += std::fabs(factor) * inner_size;
+        }
+        if (o < middle) expected = std::fmax(0, expected);
+        CHECK(std::fabs(static_cast<double>(out[t * O + o]) - expected) <= 8 * EPSILON * size, "%s, %d in, %d out, rank %d", qlm_isa_selected(),
+              static_cast<int>(width), static_cast<int>(O), linear.rank);
+      }
+  }
+}
+
 // Rows and sums end at guard pages; the number of tokens is odd, and more than are packed at once.
 void gram(Memory &memory, Random &random) {
   if (!qlm_gram_bf16_runs_here()) return;
@@ -311,6 +344,7 @@ void test_parts() {
     rotate(k, memory, random);
     sums_and_tests(k, memory, random);
     attention(k, memory, random);
+    low_rank(k, memory, random);
     gram(memory, random);
   }
   CHECK(qlm_isa_select(nullptr) == QLM_OK);
