@@ -1,4 +1,4 @@
-"""qlm: quantize, evaluate and run OPT, GPT-NeoX and GPTBigCode models.
+"""qlm: quantize, fine-tune, evaluate and run OPT, GPT-NeoX and GPTBigCode models.
 
 Importing it does nothing; each name below is imported when it is first used.
 """
@@ -9,32 +9,39 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlm.adapters import apply_adapter
     from qlm.bench import Bench, bench
     from qlm.engine.engine import Engine
     from qlm.evaluate import Evaluation, evaluate
+    from qlm.finetune import finetune
     from qlm.generate import generate
     from qlm.load import load, load_tokenizer
+    from qlm.merge import merge
     from qlm.quantize import quantize, quantize_model
-    from qlm.recipe import load_recipe
+    from qlm.recipe import load_finetune_recipe, load_recipe
 
 __all__ = [
     "Bench",
     "Engine",
     "Evaluation",
+    "apply_adapter",
     "bench",
     "evaluate",
+    "finetune",
     "generate",
     "load",
+    "load_finetune_recipe",
     "load_recipe",
     "load_tokenizer",
+    "merge",
     "quantize",
     "quantize_model",
 ]
 
 _HOMES = {
-    "Bench": "bench", "Engine": "engine.engine", "Evaluation": "evaluate", "bench": "bench", "evaluate": "evaluate",
-    "generate": "generate", "load": "load", "load_recipe": "recipe", "load_tokenizer": "load", "quantize": "quantize",
-    "quantize_model": "quantize",
+    "Bench": "bench", "Engine": "engine.engine", "Evaluation": "evaluate", "apply_adapter": "adapters", "bench": "bench",
+    "evaluate": "evaluate", "finetune": "finetune", "generate": "generate", "load": "load", "load_finetune_recipe": "recipe",
+    "load_recipe": "recipe", "load_tokenizer": "load", "merge": "merge", "quantize": "quantize", "quantize_model": "quantize",
 }  # fmt: skip
 
 

@@ -59,9 +59,7 @@ CacheDtype = Annotated[
     str, typer.Option(help="Engine: dtype of keys and values: float32, float16, bfloat16, int8 or auto.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
-AdapterFolder = Annotated[
-    Path | None, typer.Option("--adapter", help="Folder of an adapter to put on the model; runs on transformers.")
-]
+AdapterFolder = Annotated[Path | None, typer.Option("--adapter", help="Folder of an adapter to put on the model.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="CPU threads; all cores by default.")]
 
 
@@ -102,18 +100,6 @@ def _note_escapes(text: str) -> None:
             "with PYTHONIOENCODING=utf-8 they come as they are",
             err=True,
         )
-
-
-def _runtime_with(adapter: Path | None, asked: str | None) -> str | None:
-    """The runtime to ask for: transformers where there is an adapter, which the engine does not take."""
-    if adapter is None:
-        return asked
-    if asked == "engine":
-        raise UsageError(
-            f"--adapter {adapter} with --runtime engine: the engine does not take adapters yet; leave out one or the other, or "
-            "'qlm merge' the adapter first"
-        )
-    return "transformers" if asked is None else asked
 
 
 def _set_threads(threads: int | None) -> None:
@@ -358,7 +344,7 @@ def evaluate(
     from qlm.engine.runtime import choose_runtime
 
     chosen, _ = choose_runtime(
-        _runtime_with(adapter, runtime) or "transformers", model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
+        runtime, model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
         cache_dtype=cache_dtype,
     )  # fmt: skip
     _set_threads(threads)
@@ -411,7 +397,7 @@ def generate(
     from qlm.engine.runtime import choose_runtime
 
     chosen, why = choose_runtime(
-        _runtime_with(adapter, runtime), model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
+        runtime, model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
         cache_dtype=cache_dtype,
     )  # fmt: skip
     if why:
@@ -440,7 +426,7 @@ def generate(
         from qlm.engine.engine import Engine
 
         settings = {"head": head, "cache_dtype": cache_dtype}
-        with Engine(model, revision=revision, threads=threads, **settings) as engine:
+        with Engine(model, revision=revision, threads=threads, adapter=adapter, **settings) as engine:
             texts = engine.generate(prompt, **options, stream=piecewise)
     else:
         _set_threads(threads)

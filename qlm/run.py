@@ -9,7 +9,7 @@ from typing import Any
 from qlm.adapters import apply_adapter
 from qlm.arch import FAMILIES
 from qlm.calibrate import Text, bos_rule, read_text, text_ids, window_length
-from qlm.checkpoint.adapter import base_facts, read_adapter, refuse_other_base
+from qlm.checkpoint.adapter import files_on_record, read_adapter, refuse_other_base
 from qlm.checkpoint.reader import Checkpoint
 from qlm.engine.engine import Engine
 from qlm.engine.runtime import Runtime
@@ -33,7 +33,7 @@ def load_with_adapter(
     if adapter is not None:
         # Which base it is for is asked first: loading takes longer.
         folder = Checkpoint.open(model, revision).folder
-        refuse_other_base(read_adapter(adapter), folder, base_facts(model, revision)["files"])
+        refuse_other_base(read_adapter(adapter), folder, files_on_record(model, revision))
     loaded = load(model, revision=revision, **options)
     return loaded if adapter is None else apply_adapter(loaded, adapter).get_base_model()
 
@@ -59,14 +59,14 @@ def evaluate_on(
 ) -> Evaluation:
     """Perplexity of a model on a text, and its KL divergence from `baseline`, by the canonical protocol (evaluate.py).
 
-    adapter: folder of an adapter of `model`, not of the baseline; with transformers as the `runtime`.
+    adapter: folder of an adapter of `model`, not of the baseline.
     threads, head, cache_dtype: of the engine, where that is the `runtime`; a baseline's head and cache are float there.
     """
     text = source if isinstance(source, Text) else read_text(source)
     if runtime == "engine":
         with ExitStack() as opened:
             engine = opened.enter_context(
-                Engine(model, revision=revision, threads=threads, head=head, cache_dtype=cache_dtype)
+                Engine(model, revision=revision, threads=threads, head=head, cache_dtype=cache_dtype, adapter=adapter)
             )
             reference = None
             if baseline is not None:

@@ -304,15 +304,16 @@ class TestAdapter:
             PeftModel.from_pretrained(plain, str(adapter)).generate(torch.tensor(ids), **settings)[0].tolist()
         )
         assert alone != with_adapter
-        options = ("--prompt", self.PROMPT, "--greedy", "--max-new-tokens", "12", "--dtype", "float32", "--json", "-")
-        code, out, err = cli("generate", folder, "--adapter", adapter, *options)
-        found = json.loads(out)
-        assert (code, err) == (0, "")
+        options = ("--prompt", self.PROMPT, "--greedy", "--max-new-tokens", "12", "--json", "-")
         expected = tokenizer.decode(with_adapter[len(ids[0]) :], skip_special_tokens=True)
-        assert (found["texts"], found["adapter"], found["runtime"]) == ([expected], str(adapter), "transformers")
-        without = json.loads(cli("generate", folder, *options, "--runtime", "transformers")[1])
-        assert without["texts"] != [expected]
-        assert "adapter" not in without
+        for runtime, more in (("transformers", ("--runtime", "transformers", "--dtype", "float32")), ("engine", ())):
+            code, out, err = cli("generate", folder, "--adapter", adapter, *options, *more)
+            found = json.loads(out)
+            assert (code, err) == (0, "")
+            assert (found["texts"], found["adapter"], found["runtime"]) == ([expected], str(adapter), runtime)
+            without = json.loads(cli("generate", folder, *options, *more)[1])
+            assert without["texts"] != [expected]
+            assert "adapter" not in without
 
     def test_evaluate_as_the_merged_model(
         self, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path
@@ -335,15 +336,12 @@ class TestAdapter:
         assert abs(apart["perplexity"] / alone["perplexity"] - 1) > 0.01
         again = json.loads(cli("evaluate", tmp_path / "m", *options)[1])
         assert again["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-5)
+        engine = json.loads(cli("evaluate", folder, "--adapter", other, *options, "--runtime", "engine")[1])
+        assert engine["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-4)
 
     def test_refused(self, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
         folder = folder_of("opt")
         for verb, options in (("generate", ("--prompt", "a")), ("evaluate", ("--data", text_file, "--length", 32))):
-            line = cli.fails(2, verb, folder, "--adapter", adapter, "--runtime", "engine", *options)
-            assert "the engine does not take adapters yet" in line
-            assert "option of the engine" in cli.fails(
-                2, verb, folder, "--adapter", adapter, "--head", "int8", *options
-            )
             assert "no such folder" in cli.fails(66, verb, folder, "--adapter", tmp_path / "none", *options)
             # The same shapes, other weights; and another family.
             assert "was trained on another base" in cli.fails(

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from qlm.arch import FamilySpec
-from qlm.checkpoint.adapter import Adapter, Delta, base_facts, read_adapter, refuse_other_base
+from qlm.checkpoint.adapter import Adapter, Delta, files_on_record, read_adapter, refuse_other_base
 from qlm.checkpoint.causal_lm import OpenedCheckpoint, open_causal_lm
 from qlm.checkpoint.reader import Checkpoint, MappedTensor
 from qlm.errors import DataError, QlmError, UsageError
@@ -138,7 +138,7 @@ def _belongs(adapter: Adapter, opened: OpenedCheckpoint, path: str | Path, revis
         )
     linears = {name: shape for name, shape in opened.linears.items() if in_block(name)}
     adapter.check(linears, {}, opened.spec.model_type)
-    return refuse_other_base(adapter, opened.checkpoint.folder, base_facts(path, revision)["files"])
+    return refuse_other_base(adapter, opened.checkpoint.folder, files_on_record(path, revision))
 
 
 def _unregister(native: cpu.Native, registered: list[int], checkpoint: Checkpoint) -> None:
