@@ -51,9 +51,12 @@ def recipe_for(model: Path, backend: str, steps: int, output: Path) -> dict[str,
     }  # fmt: skip
 
 
-def newest(partial: Path) -> int:
-    """Step of the newest checkpoint; 0 where there is none."""
-    return max((int(path.name[5:]) for path in partial.glob("checkpoints/step-*[0-9]")), default=0)
+def left_by(partial: Path, output: Path) -> str:
+    """What the killed run left, in words."""
+    steps = [int(path.name[5:]) for path in partial.glob("checkpoints/step-*[0-9]")]
+    if steps:
+        return f"with a checkpoint of step {max(steps)}"
+    return "with the output in its place" if output.exists() else "without a checkpoint"
 
 
 def main() -> None:
@@ -86,19 +89,22 @@ def main() -> None:
             shutil.rmtree(output)
             process = start(recipe)
             wait_for(process, partial)
-            time.sleep(chance.uniform(0, seconds))
+            moment = chance.uniform(0, seconds)
+            time.sleep(moment)
             process.kill()
             process.communicate()
             if process.returncode == 0:
                 continue  # it was quicker than usual and had ended: no kill
             killed += 1
-            left = newest(partial)
+            left = left_by(partial, output)
             finish(start(recipe))
-            same = hashes(output) == wanted and not partial.exists()
-            identical += same
+            found = hashes(output)
+            other = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            other += [partial.name] if partial.exists() else []
+            identical += not other
             print(
-                f"{killed:3d}/{options.runs}: killed with a checkpoint of step {left} of {options.steps}; then "
-                f"{'identical' if same else 'DIFFERENT'}",
+                f"{killed:3d}/{options.runs}: killed {moment:.1f} s after the first byte, {left}; then "
+                f"{'DIFFERENT: ' + ', '.join(other) if other else 'identical'}",
                 flush=True,
             )
     result = {

@@ -270,9 +270,14 @@ def _source(kind: Any, option: str, data: str | None, more: dict[str, Any]) -> A
 def plan(recipes: Recipes, json_file: JsonFile = None, debug: Debug = False) -> None:
     """Predict memory, disk and time of recipes, without doing anything."""
     from qlm.plan import plan as make_plan
-    from qlm.recipe import load_recipe
+    from qlm.recipe import FinetuneRecipe, load_any_recipe
+    from qlm.training_plan import plan_training
 
-    plans = {str(path): make_plan(load_recipe(path)).to_json() for path in recipes}
+    loaded = {str(path): load_any_recipe(path) for path in recipes}
+    plans = {
+        path: (plan_training(recipe) if isinstance(recipe, FinetuneRecipe) else make_plan(recipe)).to_json()
+        for path, recipe in loaded.items()
+    }
     _show(plans if len(plans) > 1 else next(iter(plans.values())), json_file)
 
 

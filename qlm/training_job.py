@@ -1,0 +1,216 @@
+"""What is trained on what: the base, rows in their order, and which process on which device. No model is loaded here.
+
+The whole run is one pass over a list of rows drawn from the seed beforehand, so that a position in it is one number. Rows that fill up
+the last step have no targets and so no weight.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+
+from qlm.arch import Task
+from qlm.calibrate import window_length
+from qlm.checkpoint.adapter import HEADS
+from qlm.errors import Unavailable, UsageError
+from qlm.load import Source, linear_paths, load_tokenizer, open_source
+from qlm.recipe import FinetuneRecipe
+from qlm.training_data import NOT_LEARNED, Samples, read_samples, split
+
+# `gradient_checkpointing: auto` on a CPU: activations of smaller models than this fit beside them.
+_LARGE = 300_000_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the processes this is, and where it computes."""
+
+    device: torch.device
+    rank: int
+    processes: int
+
+    @classmethod
+    def here(cls, device: str) -> "Place":
+        """As the launcher's environment says (torchrun's variables, which accelerate sets as well)."""
+        processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        found = torch.device(device)
+        if found.type == "cuda":
+            index = int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else found.index or 0
+            found = torch.device("cuda", index)
+            torch.cuda.set_device(found)
+        if processes > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
+        return cls(found, rank, processes)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.processes > 1:
+            torch.distributed.barrier()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what.
+
+    Attributes:
+        base: folder or hub name of the model, quantized or float.
+        rows: to learn from. validation: to measure on. facts: of the data, for identity and manifest. labels: their names.
+        order: row of each place in the run, one step after the other; -1 for a row without weight.
+        max_length: tokens in a row, at most. pad_id: what short rows are filled up with.
+        precision: float32, bfloat16 or float16. optimizer: a name of the recipe's.
+    """
+
+    base: str
+    revision: str | None
+    source: Source
+    task: Task
+    rows: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    facts: dict[str, Any]
+    labels: list[str] | None
+    order: list[int]
+    steps: int
+    max_length: int
+    pad_id: int
+    precision: str
+    optimizer: str
+    checkpointing: bool
+
+    @classmethod
+    def open(cls, recipe: FinetuneRecipe, base: str, place: Place) -> "Job":
+        train = recipe.train
+        revision = recipe.revision if recipe.quantize is None else None
+        source, empty = open_source(
+            base, revision=revision, task=recipe.task, attn_implementation=recipe.attn_implementation,
+            new_head=recipe.task != "causal-lm",
+        )  # fmt: skip
+        labels = _labels(recipe, source)
+        tokenizer = load_tokenizer(base, revision=revision)
+        length = window_length(train.max_length, int(getattr(source.config, source.spec.positions)))
+        read = functools.partial(
+            read_samples, tokenizer=tokenizer, spec=source.spec, task=recipe.task, max_length=length,
+            packing=train.packing, too_long=train.too_long, labels=labels,
+        )  # fmt: skip
+        samples: Samples = read(train)
+        other: Samples | None = None
+        if train.validation_source is not None:
+            other = read(train.validation_source)
+        elif train.validation_share is not None:
+            samples, other = split(samples, train.validation_share, train.seed)
+        rows, facts = samples.rows, {"data": samples.facts, **({"validation": other.facts} if other else {})}
+        per_step = train.batch_size * train.gradient_accumulation * place.processes
+        steps = train.steps or math.ceil((train.epochs or 1) * len(rows) / per_step)
+        # With `epochs` the rows may end before the last step does; with `steps` a next pass begins.
+        places = steps * per_step if train.steps else (train.epochs or 1) * len(rows)
+        order = _order(len(rows), places, train.seed)
+        parameters = sum(empty.get_submodule(name).weight.numel() for name in linear_paths(empty))
+        large = place.device.type == "cuda" or parameters > _LARGE
+        return cls(
+            base=base,
+            revision=revision,
+            source=source,
+            task=recipe.task,
+            rows=rows,
+            validation=other.rows if other else [],
+            facts=facts,
+            labels=labels,
+            order=order + [-1] * (steps * per_step - places),
+            steps=steps,
+            max_length=length,
+            pad_id=_pad_id(tokenizer, source),
+            precision=choose_precision(train.precision, place.device),
+            optimizer=choose_optimizer(train.optimizer, place.device),
+            checkpointing=large if train.gradient_checkpointing == "auto" else train.gradient_checkpointing,
+        )
+
+
+def _pad_id(tokenizer: Any, source: Source) -> int:
+    """Any token does where a mask says what is padding; heads that look for the last token need one that texts do not end with."""
+    for value in (source.config.pad_token_id, tokenizer.pad_token_id, source.config.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def _labels(recipe: FinetuneRecipe, source: Source) -> list[str] | None:
+    """Names of a classification's labels: the recipe's, or else the config's. None for other tasks.
+
+    Raises:
+        UsageError: the checkpoint has a head for another number of them.
+    """
+    if recipe.task not in ("sequence-classification", "token-classification"):
+        return None
+    config, head = source.config, f"{HEADS[recipe.task]}.weight"
+    if recipe.train.labels is None:
+        return [str(config.id2label[number]) for number in range(config.num_labels)]
+    if source.file_names[head] in source.checkpoint.tensors and len(recipe.train.labels) != config.num_labels:
+        raise UsageError(
+            f"train.labels: found {len(recipe.train.labels)} labels; the head in {recipe.model} has {config.num_labels}: give as many, "
+            "or a model without a head, which then gets a new one"
+        )
+    return list(recipe.train.labels)
+
+
+def _order(rows: int, places: int, seed: int) -> list[int]:
+    """One permutation of the rows after the other, as many places as asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < places:
+        order += torch.randperm(rows, generator=generator).tolist()
+    return order[:places]
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """What the forward pass computes in: "auto" is bfloat16 where a GPU has it, float16 on others, float32 on a CPU.
+
+    Raises:
+        UsageError, Unavailable: this device cannot train in what was asked for.
+    """
+    on_gpu = device.type == "cuda"
+    has_bfloat16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "float32" if not on_gpu else "bfloat16" if has_bfloat16 else "float16"
+    if wanted == "float16" and not on_gpu:
+        raise UsageError(
+            "train.precision: found float16 on a CPU, where no loss scaling is made for it; allowed here: float32 or bfloat16"
+        )
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise Unavailable("train.precision: this GPU has no bfloat16; use float16 or auto")
+    return wanted
+
+
+def choose_optimizer(wanted: str, device: torch.device) -> str:
+    """ "auto" is paged 8-bit AdamW on CUDA, AdamW elsewhere. Raises UsageError for an 8-bit one on a CPU."""
+    if wanted == "auto":
+        return "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+    if wanted != "adamw" and device.type != "cuda":
+        raise UsageError(f"train.optimizer: found {wanted} on {device.type}; it needs CUDA: use adamw or auto")
+    return wanted
+
+
+class Rows:
+    """The rows by number; -1 is a row of one token without a target."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], pad_id: int) -> None:
+        self._rows = rows
+        self._without_weight = {key: _emptied(key, value, pad_id) for key, value in rows[0].items()}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        return self._without_weight if number < 0 else self._rows[number]
+
+
+def _emptied(key: str, value: Any, pad_id: int) -> Any:
+    content = pad_id if key == "input_ids" else NOT_LEARNED
+    return [content] if isinstance(value, list) else content

@@ -1,0 +1,77 @@
+"""What is written, and what is shown meanwhile."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlm.checkpoint import manifest
+from qlm.errors import DataError
+from qlm.finetune import FinetuneResult, finetune
+from qlm.training_loop import TrainingLoop
+from tests.conftest import names_below
+from tests.finetune.runs import poison, recipe_of
+
+
+def test_the_output(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of("opt"), tmp_path / "out", data, quantize={"backend": "nf4"}, validation=0.1)
+    result: FinetuneResult = finetune(recipe)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl", "report.html",
+    ]  # fmt: skip
+    assert not (tmp_path / "out.partial").exists()
+    assert ": 4 files" in manifest.verify(tmp_path / "out")[0]
+    written = manifest.read(tmp_path / "out")
+    base = {path.name for path in (tmp_path / "out-base").iterdir()}
+    assert set(written["base"]["files"]) <= base
+    assert "model.safetensors" in written["base"]["float_files"]
+    linears = 2 * 2 * (4 * (128 + 128) + 2 * (128 + 256))
+    assert result.training["trainable_parameters"] == linears
+    assert str(tmp_path) not in json.dumps(written)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert str(tmp_path) not in page
+    for record in map(json.loads, lines):
+        if "validation_loss" in record:
+            assert f"<td>{record['validation_loss']:.6g}</td>" in page
+    assert set(json.loads(lines[1])) == {"step", "loss", "learning_rate", "gradient_norm", "tokens"}
+
+
+def test_progress(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    """Every step, and beside it what a bar shows."""
+
+    class Tell:
+        def __init__(self) -> None:
+            self.notes: dict[str, str] = {}
+            self.seen: list[tuple[str, int, int]] = []
+
+        def __call__(self, what: str, done: int, total: int) -> None:
+            self.seen.append((what, done, total))
+
+    tell = Tell()
+    result = finetune(recipe_of(folder_of("opt"), tmp_path / "out", data), progress=tell)
+    assert [(done, total) for what, done, total in tell.seen if what == "train"] == [(i, 4) for i in range(5)]
+    assert re.fullmatch(r"loss \d\.\d{4}, \d+ tokens/s, peak \d+\.\d\d GB", tell.notes["train"])
+    assert tell.notes["train"].startswith(f"loss {result.metrics[-1]['loss']:.4f},")
+
+
+def test_tensorboard(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = finetune(recipe_of(folder_of("opt"), tmp_path / "out", data, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "out-tensorboard")).Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses == pytest.approx([record["loss"] for record in result.metrics])
+
+
+def test_an_error_before_the_first_save_leaves_nothing(
+    folder_of: Callable[[str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingLoop, "begin_step", lambda self: poison(next(self.model.parameters())))
+    with pytest.raises(DataError, match="no checkpoint was written yet"):
+        finetune(recipe_of(folder_of("opt"), tmp_path / "out", data))
+    assert names_below(tmp_path) == {"data.txt"}

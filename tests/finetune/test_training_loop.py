@@ -1,0 +1,137 @@
+"""What is computed: means over tokens, schedules, precisions."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from qlm.errors import QlmError, UsageError
+from qlm.finetune import finetune
+from qlm.load import load
+from qlm.training_job import Job, Place, choose_precision
+from tests.conftest import files_of, names_below
+from tests.finetune.runs import SAME_SUMS, STEADY, recipe_of, uneven
+
+
+@pytest.mark.parametrize("variant", ["opt", "neox-parallel-rotary-0.25", "bigcode-multi-query"])
+def test_accumulation_weighs_tokens(variant: str, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """One row at a time, accumulated, is one large batch: loss and gradient norm, before and after the adapter has changed."""
+    data, model = uneven(tmp_path), copy_of(variant, **STEADY[variant])
+    settings: dict[str, Any] = dict(max_length=48, packing=False, adapter={"dropout": 0.0}, steps=3, warmup=0.0)
+    small = finetune(recipe_of(model, tmp_path / "s", data, batch_size=1, gradient_accumulation=8, **settings))
+    large = finetune(recipe_of(model, tmp_path / "l", data, batch_size=8, gradient_accumulation=1, **settings))
+    for one, other in zip(small.metrics, large.metrics, strict=True):
+        assert one["tokens"] == other["tokens"]
+        for key in ("loss", "gradient_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e3 * SAME_SUMS if one["step"] > 1 else 10 * SAME_SUMS)
+
+
+@pytest.mark.parametrize("variant", ["opt", "bigcode-multi-query"])
+def test_loss_is_the_mean_over_target_tokens(variant: str, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """The first step's loss and the validation loss, computed here row by row from the float model: B is zero at the start."""
+    data, model = uneven(tmp_path), copy_of(variant, **STEADY[variant])
+    recipe = recipe_of(
+        model, tmp_path / "out", data, batch_size=3, gradient_accumulation=2, max_length=48, packing=False,
+        validation=str(data), steps=1, adapter={"dropout": 0.0},
+    )  # fmt: skip
+    result = finetune(recipe)
+    job = Job.open(recipe, str(model), Place.here("cpu"))
+    plain = load(model, dtype=torch.float32)
+
+    def mean(rows: list[dict[str, Any]]) -> tuple[float, int]:
+        total, count = 0.0, 0
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad():
+                logits = plain(input_ids=ids).logits
+            total += F.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum").item()
+            count += ids.shape[1] - 1
+        return total / count, count
+
+    before, first, after = result.metrics
+    loss, count = mean(job.rows)
+    assert (before["validation_loss"], before["validation_tokens"]) == (pytest.approx(loss, rel=SAME_SUMS), count)
+    assert before["validation_perplexity"] == pytest.approx(math.exp(loss), rel=1e2 * SAME_SUMS)
+    loss, count = mean([job.rows[number] for number in job.order])
+    assert (first["loss"], first["tokens"]) == (pytest.approx(loss, rel=SAME_SUMS), count)
+    assert after["step"] == 1
+
+
+def test_it_learns(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of("opt"), tmp_path / "out", data, steps=60, validation=0.1, adapter={"r": 8})
+    measured = finetune(recipe).training["validation"]
+    assert measured["after"]["validation_loss"] < measured["before"]["validation_loss"] - 0.5
+
+
+def test_epochs_end_with_rows_of_no_weight(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Each row counts once an epoch, also where rows do not fill the last step."""
+    data = uneven(tmp_path, 7)
+    recipe = recipe_of(
+        folder_of("opt"), tmp_path / "out", data, steps=None, epochs=2, batch_size=4, gradient_accumulation=2,
+        max_length=48, packing=False,
+    )  # fmt: skip
+    result = finetune(recipe)
+    job = Job.open(recipe, recipe.model, Place.here("cpu"))
+    learned = sum(len(row["input_ids"]) - 1 for row in job.rows)
+    assert sum(record["tokens"] for record in result.metrics) == 2 * learned
+    assert (result.steps, len(job.order), job.order.count(-1)) == (2, 16, 2)
+    assert sorted(job.order[:7]) == sorted(job.order[7:14]) == list(range(7))
+
+
+def test_the_schedule(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    """Cosine after a linear warm-up over 20 % of 10 steps."""
+    result = finetune(recipe_of(folder_of("opt"), tmp_path / "out", data, steps=10, warmup=0.2))
+    wanted = [0.0, 5e-3] + [1e-2 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert [record["learning_rate"] for record in result.metrics] == pytest.approx(wanted)
+
+
+def test_checkpointing_changes_nothing(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    settings = dict(adapter={"dropout": 0.2})
+    for name, value in (("off", False), ("on", True)):
+        finetune(recipe_of(folder_of("opt"), tmp_path / name, data, gradient_checkpointing=value, **settings))
+    on, off = files_of(tmp_path / "on"), files_of(tmp_path / "off")
+    assert on["adapter_model.safetensors"] == off["adapter_model.safetensors"]
+    assert on["metrics.jsonl"] == off["metrics.jsonl"]
+
+
+def test_bfloat16_on_a_cpu(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    results = {
+        precision: finetune(recipe_of(folder_of("opt"), tmp_path / precision, data, precision=precision))
+        for precision in ("float32", "bfloat16")
+    }
+    for one, other in zip(results["float32"].metrics, results["bfloat16"].metrics, strict=True):
+        # Eight bits of mantissa.
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)
+        assert one["loss"] != other["loss"]
+    tensors = safetensors.torch.load_file(tmp_path / "bfloat16" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "float16"}, "train.precision: found float16 on a CPU"),
+        ({"optimizer": "paged_adamw_8bit"}, "train.optimizer: found paged_adamw_8bit on cpu"),
+    ],
+)
+def test_what_a_cpu_cannot(
+    change: dict[str, Any], message: str, folder_of: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        finetune(recipe_of(folder_of("opt"), tmp_path / "out", data, **change))
+    assert names_below(tmp_path) == {"data.txt"}
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_precision_by_hardware(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+    assert choose_precision("auto", torch.device("cuda", 0)) == expected
+    assert choose_precision("auto", torch.device("cpu")) == "float32"
+    if expected == "float16":
+        with pytest.raises(QlmError, match="no bfloat16"):
+            choose_precision("bfloat16", torch.device("cuda", 0))
