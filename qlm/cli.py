@@ -186,8 +186,12 @@ def finetune(
     from qlm.finetune import finetune as train
     from qlm.report import Reporter
 
+    def planned(needs: Any) -> None:
+        if not quiet:
+            typer.echo(f"qlm: {needs.in_words()}", err=True)
+
     with Reporter(quiet).progress(recipe.stem) as tell:
-        result = train(loaded, force=force, device=device, progress=tell)
+        result = train(loaded, force=force, device=device, progress=tell, planned=planned)
     facts = {
         "adapter": str(result.output), "base": result.base, "steps": result.steps, "resumed_steps": result.resumed,
         **result.training,

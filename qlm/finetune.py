@@ -29,6 +29,7 @@ from qlm.recipe import FinetuneRecipe, Recipe, resolved_finetune
 from qlm.signals import Signals
 from qlm.training_job import Job, Place
 from qlm.training_loop import TrainingLoop
+from qlm.training_plan import TrainingPlan, plan_training, refuse_if_too_large
 from qlm.training_report import training_report
 
 CHECKPOINTS = "checkpoints"
@@ -56,7 +57,12 @@ class FinetuneResult:
 
 
 def finetune(
-    recipe: FinetuneRecipe, *, force: bool = False, device: str = "cpu", progress: Progress | None = None
+    recipe: FinetuneRecipe,
+    *,
+    force: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    planned: Callable[[TrainingPlan], None] | None = None,
 ) -> FinetuneResult:
     """Train an adapter as the recipe says. Under `torchrun` or `accelerate launch` every process makes this call.
 
@@ -64,13 +70,20 @@ def finetune(
         force: replace an output, or an unfinished one of another recipe, that is there already.
         device: where the model runs: "cpu", "cuda" or "cuda:N"; with several processes each takes its own GPU.
         progress: called with what is being done, how much of it is done, and how much there is.
+        planned: called with what the run is going to need, before it starts.
     Raises:
-        QlmError: one line. Checkpoints stay in `<output>.partial/` for the next call.
+        QlmError: one line. What cannot fit is refused before anything is made. Checkpoints stay in `<output>.partial/` for the next call.
         KeyboardInterrupt, or what the handler of SIGTERM raises: after the step in hand was finished and saved.
     """
     tell = progress or (lambda what, done, total: None)
     check_device(device)
     place = Place.here(device)
+    if place.is_main:
+        needs = plan_training(recipe, str(place.device))
+        refuse_if_too_large(recipe, needs)
+        if planned is not None:
+            planned(needs)
+    place.wait()
     base = _base(recipe, place, force, tell)
     job = Job.open(recipe, base, place)
     tell("hash input", 0, 1)

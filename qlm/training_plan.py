@@ -58,6 +58,15 @@ class TrainingPlan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def in_words(self) -> str:
+        """One line."""
+        there = "" if self.memory_available < 0 else f" of {gigabytes(self.memory_available)}"
+        minutes = "" if self.seconds < 0 else f", about {max(1, round(self.seconds / 60))} min"
+        return (
+            f"{self.steps} steps of at most {self.tokens_per_step} tokens, {self.trainable} parameters to learn: needs about "
+            f"{gigabytes(self.memory)}{there} of memory, {gigabytes(self.disk)} of disk{minutes}"
+        )
+
 
 def plan_training(recipe: FinetuneRecipe, device: str = "cpu") -> TrainingPlan:
     """Predict what the recipe needs. Raises what `finetune` would raise for a wrong recipe, checkpoint or text."""

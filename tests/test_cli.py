@@ -261,6 +261,15 @@ class TestFinetune:
         tensors = "adapter_model.safetensors"
         assert files_of(output)[tensors] == files_of(adapter)[tensors]
 
+    def test_plan(self, cli: Cli, adapter: Path) -> None:
+        code, out, _ = cli("plan", adapter.parent / "recipe.yaml", "--json", "-")
+        facts = json.loads(out)
+        assert code == 0
+        assert facts["memory"] > facts["base_memory"] + facts["adapter_memory"] + facts["activation_memory"]
+        # Before it starts the run says the same.
+        _, _, err = cli("finetune", adapter.parent / "recipe.yaml")
+        assert f"{facts['steps']} steps of at most {facts['tokens_per_step']} tokens, {facts['trainable']} parameters" in err
+
     def test_again_takes_what_is_there(self, cli: Cli, adapter: Path) -> None:
         before = files_of(adapter)
         code, out, err = cli("finetune", adapter.parent / "recipe.yaml", "--quiet")
@@ -272,8 +281,8 @@ class TestFinetune:
         quantizing = recipe_file(folder_of("opt"), tmp_path / "q")
         assert "without this section a recipe quantizes" in cli.fails(2, "finetune", quantizing)
         (tmp_path / "t.yaml").write_text(training("m", tmp_path / "t", tmp_path / "nothing.txt"))
-        for verb in ("quantize", "plan"):
-            assert "trains, with 'qlm finetune'" in cli.fails(2, verb, tmp_path / "t.yaml")
+        assert "trains, with 'qlm finetune'" in cli.fails(2, "quantize", tmp_path / "t.yaml")
+        assert "model folder m does not exist" in cli.fails(66, "plan", tmp_path / "t.yaml")
         assert "model folder m does not exist" in cli.fails(66, "finetune", tmp_path / "t.yaml")
         assert "no such recipe" in cli.fails(66, "finetune", tmp_path / "u.yaml")
         (tmp_path / "t.yaml").write_text(training(folder_of("opt"), tmp_path / "t", tmp_path / "nothing.txt"))

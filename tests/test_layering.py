@@ -36,6 +36,7 @@ INSIDE_A_ROW = {
     ("report", "evaluate"),
     ("merge", "evaluate"),
     ("training_plan", "plan"),
+    ("finetune", "training_plan"),
     ("blocks", "smoothing"),
     ("blocks", "stream"),
     ("blocks", "load"),

@@ -96,10 +96,8 @@ def test_files_that_it_names_are_there() -> None:
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+def run(root: Path) -> tuple[dict[str, str], Path]:
     """What each code cell printed, by its id; and the folder that it wrote into."""
-    root = tmp_path_factory.mktemp("notebook")
     out = root / "out"
     changes = {
         "QLM_NOTEBOOK_STEPS": str(STEPS), "QLM_NOTEBOOK_OUT": str(out), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -143,8 +141,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]
     return printed, out
 
 
-def test_every_cell_runs_and_writes_where_it_is_told(ran: tuple[dict[str, str], Path]) -> None:
-    printed, out = ran
+def every_cell_runs_and_writes_where_it_is_told(printed: dict[str, str], out: Path) -> None:
     assert [name for name, text in printed.items() if not text.strip()] == ["settings"]
     assert "qlm runs on cpu with evals/checkpoints/tiny-opt" in printed["install"]
     assert "pip" not in printed["install"]
@@ -155,8 +152,7 @@ def test_every_cell_runs_and_writes_where_it_is_told(ran: tuple[dict[str, str], 
     assert json.loads((out / "merged-nf4" / "config.json").read_text())["quantization_config"]["load_in_4bit"]
 
 
-def test_recipe_that_it_writes(ran: tuple[dict[str, str], Path]) -> None:
-    printed, out = ran
+def recipe_that_it_writes(printed: dict[str, str], out: Path) -> None:
     recipe = load_finetune_recipe(out / "recipe.yaml")
     assert (recipe.train.steps, recipe.train.precision) == (STEPS, "auto")
     assert recipe.quantize is not None
@@ -174,8 +170,7 @@ def in_form(text: str) -> int:
     return int(found[1])
 
 
-def test_the_model_has_learned_something(ran: tuple[dict[str, str], Path]) -> None:
-    printed, out = ran
+def the_model_has_learned_something(printed: dict[str, str], out: Path) -> None:
     assert in_form(printed["before"]) == 0
     assert in_form(printed["after"]) >= 3
     metrics = [json.loads(line) for line in (out / "adapter" / "metrics.jsonl").read_text().splitlines()]
@@ -188,14 +183,13 @@ def test_the_model_has_learned_something(ran: tuple[dict[str, str], Path]) -> No
     assert ("data:image/svg+xml" in printed["metrics"]) == (out / "adapter" / "report.html").is_file()
 
 
-def test_no_colours_or_bars_fill_a_cell(ran: tuple[dict[str, str], Path]) -> None:
-    for name, text in ran[0].items():
+def no_colours_or_bars_fill_a_cell(printed: dict[str, str], out: Path) -> None:
+    for name, text in printed.items():
         assert "\x1b" not in text, name
         assert len(text) < 20_000 or name == "metrics", name
 
 
-def test_merged_models_are_measured(ran: tuple[dict[str, str], Path]) -> None:
-    printed, _ = ran
+def merged_models_are_measured(printed: dict[str, str], out: Path) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in printed["evaluate"].splitlines() if line and line[0] != "$"}
     assert float(rows["original"][0]) > 1
     for name in ("nf4", "gptq"):
@@ -207,10 +201,20 @@ def test_merged_models_are_measured(ran: tuple[dict[str, str], Path]) -> None:
         assert cost < moved / 4
 
 
-def test_adapter_answers_the_same_in_plain_transformers(ran: tuple[dict[str, str], Path]) -> None:
-    printed, _ = ran
+def adapter_answers_the_same_in_plain_transformers(printed: dict[str, str], out: Path) -> None:
     assert in_form(printed["peft"]) >= 3
     same = re.search(r"(\d+) of 7 answers are the same as qlm's", printed["peft"])
     assert same is not None
     # The rest may differ by rounding: qlm's CPU kernels for NF4 have int8 activations.
     assert int(same[1]) >= 4
+
+
+def test_it_runs_and_does_what_it_says(tmp_path: Path) -> None:
+    """One test, so that the notebook runs once, however many processes the tests are shared out to."""
+    printed, out = run(tmp_path)
+    every_cell_runs_and_writes_where_it_is_told(printed, out)
+    recipe_that_it_writes(printed, out)
+    the_model_has_learned_something(printed, out)
+    no_colours_or_bars_fill_a_cell(printed, out)
+    merged_models_are_measured(printed, out)
+    adapter_answers_the_same_in_plain_transformers(printed, out)

@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU, started by torchrun: the same run as one process with twice the accumulation."""
+"""Two gloo processes on the CPU, started by torchrun and by accelerate: the same run as one process with twice the accumulation."""
 
 import json
 import os
@@ -109,3 +109,22 @@ def test_two_processes(model: Path, data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"resumed": 4') == 2
     assert files_of(tmp_path / "broken") == files_of(tmp_path / "two")
+
+
+def test_accelerate_launch(model: Path, data: Path, tmp_path: Path) -> None:
+    """The same bytes as under torchrun."""
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--cpu",
+        "--mixed_precision",
+        "no",
+    )
+    for name, how in (("accelerate", launcher), ("torchrun", ())):
+        done = launch(tmp_path, settings(model, tmp_path / name, data, steps=3), launcher=how)
+        assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "accelerate") == files_of(tmp_path / "torchrun")
