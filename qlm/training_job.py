@@ -36,9 +36,18 @@ class Place:
 
     @classmethod
     def here(cls, device: str) -> "Place":
-        """As the launcher's environment says (torchrun's variables, which accelerate sets as well)."""
+        """As the launcher's environment says (torchrun's variables, which accelerate sets as well).
+
+        Raises:
+            UsageError: FSDP on a CPU.
+        """
         processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         found = torch.device(device)
+        if found.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            # accelerate (1.15) takes no notice of its FSDP configuration on CPUs, and trains with DDP.
+            raise UsageError(
+                "accelerate's configuration asks for FSDP, which it has on GPUs only; found cpu: give --device cuda, or use DDP"
+            )
         if found.type == "cuda":
             index = int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else found.index or 0
             found = torch.device("cuda", index)

@@ -232,6 +232,12 @@ class FinetuneRecipe(Section):
                     "quantize", f"found backend {self.quantize.backend}, on which nothing is trained; allowed: nf4, gptq or int8"
                 )  # fmt: skip
             check_calibration(self.quantize, self.calibration, self.task)
+            if self.adapter.initialization == "svd" and self.quantize.target_shift != 0:
+                # W - Q then holds what was done on purpose, and repairing that loses (evals/LOG.md).
+                raise refused(
+                    "adapter", f"found initialization svd with target_shift {self.quantize.target_shift}, which aims at other weights than the "
+                    "float ones; allowed: 'quality: fast' or 'target_shift: 0.0' in quantize, or initialization standard"
+                )  # fmt: skip
         elif self.calibration is not None:
             raise refused("calibration", "found without quantize, which alone looks at it; remove one of the two")
         train = self.train

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qlm.checkpoint.adapter import read_adapter
+from qlm.errors import UsageError
 from qlm.finetune import finetune
 from qlm.recipe import FinetuneRecipe
 from tests.conftest import ROOT, files_of
@@ -113,18 +114,18 @@ def test_two_processes(model: Path, data: Path, tmp_path: Path) -> None:
 
 def test_accelerate_launch(model: Path, data: Path, tmp_path: Path) -> None:
     """The same bytes as under torchrun."""
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--cpu",
-        "--mixed_precision",
-        "no",
-    )
+    # With --cpu accelerate starts one process (its several CPU processes are MPI's); the device is the recipe's run's own affair.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no")
     for name, how in (("accelerate", launcher), ("torchrun", ())):
         done = launch(tmp_path, settings(model, tmp_path / name, data, steps=3), launcher=how)
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count('"steps": 3') == 2
     assert files_of(tmp_path / "accelerate") == files_of(tmp_path / "torchrun")
+
+
+def test_fsdp_on_a_cpu_is_refused(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="asks for FSDP, which it has on GPUs only; found cpu"):
+        finetune(FinetuneRecipe.model_validate(settings(model, tmp_path / "out", data)))
+    assert not list(tmp_path.glob("out*"))

@@ -5,12 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from qlm.checkpoint.adapter import read_adapter
-from qlm.errors import UsageError
 from qlm.finetune import finetune
-from qlm.load import load
 from qlm.recipe import FinetuneRecipe
 from tests.conftest import ROOT, files_of
 from tests.finetune.runs import recipe_of, stop_at
@@ -27,7 +23,8 @@ def recipe(tmp_path: Path) -> Callable[..., FinetuneRecipe]:
 
     def make(name: str, initialization: str = "svd", **more: Any) -> FinetuneRecipe:
         adapter = {"r": 16, "dropout": 0.0, "initialization": initialization}
-        quantize = {"backend": "gptq", "bits": 3}
+        # What the other qualities aim at is not the float weight, but what makes good the errors of earlier layers; W - Q is then no loss.
+        quantize = {"backend": "gptq", "bits": 3, "quality": "fast"}
         calibration = {"data": str(data), "samples": 4, "length": 64}
         settings = dict(steps=3, batch_size=4, max_length=64, validation=0.1, learning_rate=1e-3, warmup=0.5)
         return recipe_of(
@@ -39,7 +36,7 @@ def recipe(tmp_path: Path) -> Callable[..., FinetuneRecipe]:
 
 def test_it_starts_nearer_to_the_float_model(recipe: Callable[..., FinetuneRecipe], tmp_path: Path) -> None:
     """Loss of the first step and of the validation before it: not above those of an adapter that starts at zero. Stopped and gone on with,
-    it is the same run. What A and B are changed by lies on the base with which they started."""
+    it is the same run."""
     results = {name: finetune(recipe(name, name)) for name in ("standard", "svd")}
     losses = {name: [record for record in result.metrics if "loss" in record] for name, result in results.items()}
     assert losses["svd"][0]["loss"] <= losses["standard"][0]["loss"]
@@ -49,4 +46,7 @@ def test_it_starts_nearer_to_the_float_model(recipe: Callable[..., FinetuneRecip
     with pytest.raises(KeyboardInterrupt):
         finetune(recipe("broken"), progress=stop_at(2))
     assert finetune(recipe("broken")).resumed == 2
-    assert files_of(tmp_path / "broken") == files_of(tmp_path / "svd")
+    broken, whole = files_of(tmp_path / "broken"), files_of(tmp_path / "svd")
+    # The others hold the name of the base.
+    for name in ("adapter_model.safetensors", "metrics.jsonl", "report.html"):
+        assert broken[name] == whole[name], name

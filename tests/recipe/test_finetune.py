@@ -267,6 +267,11 @@ REFUSED = {
         PLAIN.replace("train:", "quantize: {backend: nf4, quality: fast}\ncalibration: {data: c.txt}\ntrain:"),
         "3:1: calibration: found with backend nf4, which looks at no text with quality fast; remove it",
     ),
+    "svd-of-a-shifted-target": (
+        adapter("{initialization: svd}").replace("train:", "quantize: {backend: gptq}\ncalibration: {data: c.txt}\ntrain:"),
+        "2:1: adapter: found initialization svd with target_shift auto, which aims at other weights than the float ones; allowed: "
+        "'quality: fast' or 'target_shift: 0.0' in quantize, or initialization standard",
+    ),
     "quanto": (
         QUANTIZED.replace("nf4", "quanto"),
         "2:1: quantize: found backend quanto, on which nothing is trained; allowed: nf4, gptq or int8",
