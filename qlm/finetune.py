@@ -27,7 +27,7 @@ from qlm.load import check_device, load, open_source
 from qlm.quantize import KEY_CONFIG_VALUES, Progress, quantize
 from qlm.recipe import FinetuneRecipe, Recipe, resolved_finetune
 from qlm.signals import Signals
-from qlm.training_job import Job, Place
+from qlm.training_job import Job, Place, making_the_base
 from qlm.training_loop import TrainingLoop
 from qlm.training_plan import TrainingPlan, plan_training, refuse_if_too_large
 from qlm.training_report import training_report
@@ -79,7 +79,7 @@ def finetune(
     check_device(device)
     place = Place.here(device)
     if place.is_main:
-        needs = plan_training(recipe, str(place.device))
+        needs = plan_training(recipe, str(place.device), place.processes)
         refuse_if_too_large(recipe, needs)
         if planned is not None:
             planned(needs)
@@ -117,11 +117,11 @@ def finetune(
 
 def _base(recipe: FinetuneRecipe, place: Place, force: bool, tell: Progress) -> str:
     """The model that is trained on: as it is, or quantized into a folder of its own first, by one process."""
-    quantizing = recipe.base_recipe()
+    quantizing = making_the_base(recipe)
     if quantizing is None:
         return recipe.model
     if place.is_main:
-        _quantize(_with_task(quantizing), place, force, tell)
+        _quantize(quantizing, place, force, tell)
     place.wait()
     return quantizing.output
 
@@ -134,16 +134,6 @@ def _quantize(recipe: Recipe, place: Place, force: bool, tell: Progress) -> None
         if not force:
             raise
         quantize(recipe, force=True, device=str(place.device), progress=tell)
-
-
-def _with_task(recipe: Recipe) -> Recipe:
-    """For a task whose head the float model lacks, the language model: the new head is the training's."""
-    if recipe.task != "causal-lm":
-        try:
-            open_source(recipe.model, revision=recipe.revision, task=recipe.task)
-        except DataError:
-            return recipe.model_copy(update={"task": "causal-lm"})
-    return recipe
 
 
 def _name_of_base(recipe: FinetuneRecipe) -> str:

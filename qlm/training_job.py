@@ -17,9 +17,9 @@ import torch.distributed
 from qlm.arch import Task
 from qlm.calibrate import window_length
 from qlm.checkpoint.adapter import HEADS
-from qlm.errors import Unavailable, UsageError
+from qlm.errors import DataError, Unavailable, UsageError
 from qlm.load import Source, linear_paths, load_tokenizer, open_source
-from qlm.recipe import FinetuneRecipe
+from qlm.recipe import FinetuneRecipe, Recipe
 from qlm.training_data import NOT_LEARNED, Samples, read_samples, split
 
 # `gradient_checkpointing: auto` on a CPU: activations of smaller models than this fit beside them.
@@ -140,6 +140,18 @@ class Job:
             optimizer=choose_optimizer(train.optimizer, place.device),
             checkpointing=large if train.gradient_checkpointing == "auto" else train.gradient_checkpointing,
         )
+
+
+def making_the_base(recipe: FinetuneRecipe) -> Recipe | None:
+    """The quantizing recipe of the base, or None where `model` is trained on as it is. For a task whose head the float model lacks it is
+    that of the language model: the new head is the training's."""
+    quantizing = recipe.base_recipe()
+    if quantizing is not None and quantizing.task != "causal-lm":
+        try:
+            open_source(quantizing.model, revision=quantizing.revision, task=quantizing.task)
+        except DataError:
+            return quantizing.model_copy(update={"task": "causal-lm"})
+    return quantizing
 
 
 def _pad_id(tokenizer: Any, source: Source) -> int:

@@ -21,7 +21,7 @@ from qlm.errors import CannotCreate, Unavailable
 from qlm.load import block_paths, open_source
 from qlm.plan import PROCESS_BYTES, available_memory, free_disk, gigabytes, matmul_rate, plan, stored_bytes
 from qlm.recipe import FinetuneRecipe
-from qlm.training_job import Job, Place
+from qlm.training_job import Job, Place, making_the_base
 
 # What peft, accelerate and the Trainer take beside what a process has anyway; measured 150 to 200 MB.
 LIBRARIES_BYTES = 200_000_000
@@ -68,9 +68,9 @@ class TrainingPlan:
         )
 
 
-def plan_training(recipe: FinetuneRecipe, device: str = "cpu") -> TrainingPlan:
-    """Predict what the recipe needs. Raises what `finetune` would raise for a wrong recipe, checkpoint or text."""
-    place = Place(torch.device(device), 0, 1)
+def plan_training(recipe: FinetuneRecipe, device: str = "cpu", processes: int = 1) -> TrainingPlan:
+    """Predict what the recipe needs, each of the processes. Raises what `finetune` would raise for a wrong recipe, checkpoint or text."""
+    place = Place(torch.device(device), 0, processes)
     # The base that is yet to be made has the same sizes and the same tokens.
     job = Job.open(recipe, recipe.model, place)
     spec, train = job.source.spec, recipe.train
@@ -85,7 +85,7 @@ def plan_training(recipe: FinetuneRecipe, device: str = "cpu") -> TrainingPlan:
     memory = base + adapter + activations + (PROCESS_BYTES + LIBRARIES_BYTES if on_cpu else 0)
     # Two checkpoints with parameters and moments, one more while it is written, and the adapter itself.
     disk, seconds = trainable * (3 * 12 + 4), 0.0
-    quantizing = recipe.base_recipe()
+    quantizing = making_the_base(recipe)
     if quantizing is not None and not Path(recipe.base_output).exists():
         needs = plan(quantizing, device)
         memory, disk, seconds = max(memory, needs.quantize_memory), disk + needs.disk, needs.quantize_seconds

@@ -268,7 +268,10 @@ class TestFinetune:
         assert facts["memory"] > facts["base_memory"] + facts["adapter_memory"] + facts["activation_memory"]
         # Before it starts the run says the same.
         _, _, err = cli("finetune", adapter.parent / "recipe.yaml")
-        assert f"{facts['steps']} steps of at most {facts['tokens_per_step']} tokens, {facts['trainable']} parameters" in err
+        assert (
+            f"{facts['steps']} steps of at most {facts['tokens_per_step']} tokens, {facts['trainable']} parameters"
+            in err
+        )
 
     def test_again_takes_what_is_there(self, cli: Cli, adapter: Path) -> None:
         before = files_of(adapter)

@@ -51,6 +51,15 @@ def test_counts_are_those_of_the_run(variant: str, recipe: Callable[..., Finetun
     assert written < needs.disk + 50_000
 
 
+def test_a_head_that_the_float_model_lacks(recipe: Callable[..., FinetuneRecipe], tmp_path: Path) -> None:
+    """The base is quantized as a language model then, and the head is new."""
+    lines = tmp_path / "labelled.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"word {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
+    train = {"data": str(lines), "steps": 2, "max_length": 8, "labels": ["a", "b"]}
+    wanted = recipe(top={"task": "sequence-classification", "quantize": {"backend": "nf4"}, "train": train})
+    assert plan_training(wanted).steps == finetune(wanted).steps == 2
+
+
 def test_what_makes_it_larger(recipe: Callable[..., FinetuneRecipe]) -> None:
     def needs(**train: Any) -> TrainingPlan:
         return plan_training(recipe(**train))
