@@ -243,16 +243,10 @@ def keep_row(path: Path, row: dict[str, Any], protocol: Mapping[str, Any]) -> No
             "rows": [*(other for other in report["rows"] if other["checkpoint"] != row["checkpoint"]), row],
             "protocols": {**report["protocols"], row["checkpoint"]: protocol},
             "cpu": cpu_name(),
-            "versions": versions() | {"peft": _version("peft"), "accelerate": _version("accelerate")},
+            "versions": versions(),
         }
 
     change_json(path, change)
-
-
-def _version(name: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(name)
 
 
 def in_table(cell: Mapping[str, Any]) -> str:

@@ -28,11 +28,6 @@ import torch
 from quantize_speed import SHAPES, write_checkpoint
 from shared import ROOT, cpu_name, slug, status_bytes, use_checkout, versions, write_json
 
-SHAPES["pythia-1.4b"] = (
-    "GPTNeoX",
-    {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
-     "num_attention_heads": 16, "bos_token_id": 0, "eos_token_id": 0},
-)  # fmt: skip
 SIDES = ("qlm", "peer")
 
 
@@ -169,14 +164,8 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         **report,
         "runs": runs,
-        "versions": versions() | {"peft": _version("peft"), "accelerate": _version("accelerate")},
+        "versions": versions(),
     }
-
-
-def _version(name: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(name)
 
 
 def main() -> int:

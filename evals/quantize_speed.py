@@ -43,6 +43,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
          "word_embed_proj_dim": 2048},
     ),
+    "pythia-1.4b": (
+        "GPTNeoX",
+        {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "bos_token_id": 0, "eos_token_id": 0},
+    ),
     "pythia-410m": (
         "GPTNeoX",
         {"vocab_size": 50304, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,

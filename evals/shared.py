@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "optimum-quanto", "compressed-tensors", "flash-attn",
-    "triton", "numpy",
+    "triton", "numpy", "peft", "accelerate",
 )  # fmt: skip
 
 
