@@ -182,7 +182,8 @@ def merged(subject: Subject, onto: str, into: str, adapter: Path) -> Path:
 
 
 def row_of(subject: Subject, threads: int) -> dict[str, Any]:
-    from qlm.finetune import ADAPTER, finetune
+    from qlm.checkpoint.adapter import WEIGHTS
+    from qlm.finetune import finetune
     from qlm.load import load
 
     began = time.perf_counter()
@@ -214,7 +215,7 @@ def row_of(subject: Subject, threads: int) -> dict[str, Any]:
         "steps": result.steps,
         "trained_on": subject.data.name,
         "trainable_parameters": result.training["trainable_parameters"],
-        "adapter_bytes": (adapter / ADAPTER).stat().st_size,
+        "adapter_bytes": (adapter / WEIGHTS).stat().st_size,
         "cells": cells,
         "nf4_over_float": cells["nf4 + adapter"]["perplexity"] / cells["float + adapter"]["perplexity"],
         "training_loss": losses,

@@ -48,7 +48,8 @@ def recipe_of(checkpoint: Path, text: Path, output: Path, options: argparse.Name
 def worker(recipe_file: Path, device: str, threads: int) -> None:
     """One qlm run in this process; prints what peer_finetune.py prints."""
     use_checkout()
-    from qlm.finetune import ADAPTER, finetune
+    from qlm.checkpoint.adapter import WEIGHTS
+    from qlm.finetune import finetune
     from qlm.recipe import FinetuneRecipe
 
     torch.set_num_threads(threads)
@@ -65,7 +66,7 @@ def worker(recipe_file: Path, device: str, threads: int) -> None:
         "losses": [record["loss"] for record in result.metrics if "loss" in record],
         "peak_rss_bytes": status_bytes("VmHWM"),
         "trainable_parameters": result.training["trainable_parameters"],
-        "adapter_bytes": (result.output / ADAPTER).stat().st_size,
+        "adapter_bytes": (result.output / WEIGHTS).stat().st_size,
     }
     if device != "cpu":
         found |= {

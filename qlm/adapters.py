@@ -142,8 +142,9 @@ def apply_adapter(model: Any, folder: "str | Path | Adapter", name: str = "defau
     """Put an adapter from a folder onto a model, changed in place.
 
     Args:
-        folder: or the adapter in it, where that has been read already.
-        model: as `attach` takes it, for the adapter's task. The first adapter is active at once; of several, `set_adapter` chooses one
+        folder: or the adapter in it, where that has been read already. Shapes are compared with the model's; by which base it was
+            trained on nobody asks here (`qlm generate`, `qlm evaluate` and `qlm.Engine` do).
+        model: as `attach` takes it, for the adapter's task; a head that was started anew takes the adapter's size and labels. The first adapter is active at once; of several, `set_adapter` chooses one
             and `disable_adapter()` is the model without any.
     Returns:
         the PeftModel, in the mode that the model was in.
@@ -156,6 +157,7 @@ def apply_adapter(model: Any, folder: "str | Path | Adapter", name: str = "defau
     spec = FAMILIES[base.config.model_type]
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     _refuse_adapted(model, name)
+    _fit_head(base, adapter)
     adapter.check(linear_shapes(model, spec), _head_shapes(base), spec.model_type)
     chosen = list(adapter.deltas())
     _refuse_backend(base, chosen)
@@ -182,6 +184,33 @@ def apply_adapter(model: Any, folder: "str | Path | Adapter", name: str = "defau
         with torch.no_grad():
             wrapper.modules_to_save[name].get_parameter(leaf).copy_(torch.from_numpy(tensor))
     return made
+
+
+def resize_head(model: Any, name: str, labels: int) -> None:
+    """A fresh head for so many labels, from torch's seed, in the place of a fresh one for another number."""
+    head = getattr(model, name)
+    fresh = nn.Linear(
+        head.in_features, labels, bias=head.bias is not None, device=head.weight.device, dtype=head.weight.dtype
+    )
+    nn.init.normal_(fresh.weight, std=0.02)
+    if fresh.bias is not None:
+        nn.init.zeros_(fresh.bias)
+    setattr(model, name, fresh.train(head.training))
+    model.config.num_labels = model.num_labels = labels
+
+
+def _fit_head(base: Any, adapter: Adapter) -> None:
+    """Let a head that `load` has started anew have the adapter's size, and its labels their names, where those are on record."""
+    head = HEADS.get(adapter.task)
+    if head is None or adapter.task == "question-answering" or not getattr(base, "has_new_head", False):
+        return
+    count = len(next(iter(adapter.heads().values()), ()))
+    if count and count != getattr(base, head).out_features:
+        resize_head(base, head, count)
+    names = adapter.labels()
+    if len(names) == count:
+        base.config.id2label = dict(enumerate(names))
+        base.config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def _base(model: Any) -> Any:

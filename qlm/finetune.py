@@ -14,26 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlm import adapters, training_loop, training_state
 from qlm.arch import Task
 from qlm.calibrate import bos_rule
 from qlm.checkpoint import manifest
-from qlm.checkpoint.adapter import HEADS, base_facts
+from qlm.checkpoint.adapter import CONFIG, HEADS, WEIGHTS, base_facts
 from qlm.checkpoint.files import PartialFolder, tidy
 from qlm.errors import CannotCreate, DataError, UsageError
 from qlm.load import check_device, load, open_source
 from qlm.quantize import KEY_CONFIG_VALUES, Progress, quantize
 from qlm.recipe import FinetuneRecipe, Recipe, resolved_finetune
 from qlm.signals import Signals
-from qlm.training_job import Job, Place, making_the_base
+from qlm.training_job import Job, Place, base_quantizing_recipe
 from qlm.training_loop import TrainingLoop
 from qlm.training_plan import TrainingPlan, plan_training, refuse_if_too_large
 from qlm.training_report import training_report
 
 CHECKPOINTS = "checkpoints"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METRICS, REPORT = "metrics.jsonl", "report.html"
 
 
@@ -79,6 +78,7 @@ def finetune(
     check_device(device)
     place = Place.here(device)
     if place.is_main:
+        _refuse_foreign(Path(recipe.output), force)
         needs = plan_training(recipe, str(place.device), place.processes)
         refuse_if_too_large(recipe, needs)
         if planned is not None:
@@ -101,10 +101,10 @@ def finetune(
         place.wait()
         checkpoints = output.with_name(output.name + ".partial") / CHECKPOINTS
         resumed, loop = _train(recipe, job, place, checkpoints, tell)
-        tensors, config = adapters.files_of(loop.adapter_model(), _name_of_base(recipe))
+        tensors, config = adapters.files_of(loop.adapter_model(), base)
         if partial is not None:
-            partial.write_tensors(ADAPTER, tensors)
-            partial.write_json(ADAPTER_CONFIG, config)
+            partial.write_tensors(WEIGHTS, tensors)
+            partial.write_json(CONFIG, config)
             partial.write_bytes(METRICS, training_state.metrics_lines(loop.metrics))
             training = _training_facts(job, loop)
             page = training_report(identity["recipe"], training, identity["versions"], loop.metrics)
@@ -115,9 +115,15 @@ def finetune(
     return _result(output, base, resumed)
 
 
+def _refuse_foreign(output: Path, force: bool) -> None:
+    """Before the base is made, which may take long. Whether an output of ours is of the same run is known afterwards."""
+    if output.exists() and not force and not (output / manifest.NAME).is_file():
+        raise CannotCreate(f"{output}: exists already; give another output, or --force to replace it")
+
+
 def _base(recipe: FinetuneRecipe, place: Place, force: bool, tell: Progress) -> str:
     """The model that is trained on: as it is, or quantized into a folder of its own first, by one process."""
-    quantizing = making_the_base(recipe)
+    quantizing = base_quantizing_recipe(recipe)
     if quantizing is None:
         return recipe.model
     if place.is_main:
@@ -134,10 +140,6 @@ def _quantize(recipe: Recipe, place: Place, force: bool, tell: Progress) -> None
         if not force:
             raise
         quantize(recipe, force=True, device=str(place.device), progress=tell)
-
-
-def _name_of_base(recipe: FinetuneRecipe) -> str:
-    return recipe.model if recipe.quantize is None else recipe.base_output
 
 
 # What changes no byte of the output: where it lies, how often a run is saved and what else is shown of it.
@@ -262,7 +264,7 @@ def _model(recipe: FinetuneRecipe, job: Job, place: Place) -> Any:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = job.pad_id
     if job.labels is not None and len(job.labels) != model.config.num_labels:
-        _resize_head(model, HEADS[job.task], len(job.labels))
+        adapters.resize_head(model, HEADS[job.task], len(job.labels))
     adapted = adapters.attach(
         model, job.source.spec, recipe.adapter, job.task, recipe.train.seed, float_weight=_float_weights(recipe, job)
     )
@@ -270,19 +272,6 @@ def _model(recipe: FinetuneRecipe, job: Job, place: Place) -> Any:
         # A head in full comes in the base's dtype; small steps are lost in bfloat16.
         parameter.data = parameter.data.float()
     return adapted
-
-
-def _resize_head(model: Any, name: str, labels: int) -> None:
-    """A fresh head for so many labels, from torch's seed, in the place of a fresh one for another number."""
-    head = getattr(model, name)
-    fresh = nn.Linear(
-        head.in_features, labels, bias=head.bias is not None, device=head.weight.device, dtype=head.weight.dtype
-    )
-    nn.init.normal_(fresh.weight, std=0.02)
-    if fresh.bias is not None:
-        nn.init.zeros_(fresh.bias)
-    setattr(model, name, fresh.train(head.training))
-    model.config.num_labels = model.num_labels = labels
 
 
 def _float_weights(recipe: FinetuneRecipe, job: Job) -> Callable[[str], Tensor] | None:

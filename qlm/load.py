@@ -305,7 +305,8 @@ def load(
             has it.
         dtype: what to compute in; None picks by device (`resolve_dtype`). Quantized weights stay as they are stored.
         attn_implementation: "eager", "sdpa" or "flash_attention_2".
-        new_head: start a task's head anew where the checkpoint has none, from torch's seed; without it that is an error.
+        new_head: start a task's head anew where the checkpoint has none, from torch's seed; without it that is an error. Such
+            a model has an attribute `has_new_head`.
     Returns:
         the model in evaluation mode, every parameter read exactly once.
     Raises:
@@ -322,6 +323,7 @@ def load(
     if new_head:
         for name, parameter in list(loaded.named_parameters()):
             if parameter.is_meta:
+                loaded.has_new_head = True
                 fresh = torch.zeros(parameter.shape, device=device, dtype=compute)
                 set_parameter(loaded, name, fresh.normal_(0.0, 0.02) if parameter.ndim > 1 else fresh)
     unread = [name for name, tensor in _all_tensors(loaded) if tensor.is_meta]

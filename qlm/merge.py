@@ -317,7 +317,9 @@ def _section(
         )
     if section.needs_calibration and calibration is None:
         way_out = "" if into == "gptq" else ", or quality fast, which looks at no text"
-        raise UsageError(f"calibration: missing; {into} with quality {section.quality} needs a text; give one{way_out}")
+        raise UsageError(
+            f"calibration: missing; {into} with quality {section.quality} needs a text; give one (--calibration FILE){way_out}"
+        )
     if calibration is not None and not section.needs_calibration:
         raise UsageError(f"calibration: {into} with quality {section.quality} looks at no text; leave it out")
     return section
@@ -330,7 +332,7 @@ def _config(source: Source, adapter: Adapter) -> dict[str, Any]:
         config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
     if adapter.task in ("sequence-classification", "token-classification"):
         count = len(next(iter(adapter.heads().values())))
-        names = _labels(adapter)
+        names = adapter.labels()
         if len(names) != count and count != source.config.num_labels:
             names = [f"LABEL_{i}" for i in range(count)]
         if len(names) == count:
@@ -338,14 +340,6 @@ def _config(source: Source, adapter: Adapter) -> dict[str, Any]:
             config["id2label"] = {str(i): name for i, name in enumerate(names)}
             config["label2id"] = {name: i for i, name in enumerate(names)}
     return config
-
-
-def _labels(adapter: Adapter) -> list[str]:
-    """The names of the labels that an adapter was trained with, as its manifest has them; none where it does not say."""
-    if not (adapter.folder / manifest.NAME).is_file():
-        return []
-    training = manifest.read(adapter.folder).get("training", {})
-    return [str(name) for name in training.get("labels", [])]
 
 
 def _as(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -413,7 +413,8 @@ class _Encoder:
         if self.labels is None:
             return "a label's number from 0"
         names = ", ".join(map(repr, self.labels[:8])) + (", …" if len(self.labels) > 8 else "")
-        return f"a number from 0 to {len(self.labels) - 1}, or one of {names}"
+        named = "" if self.labels[0] != "LABEL_0" else "; name them in train.labels"
+        return f"a number from 0 to {len(self.labels) - 1}, or one of {names}{named}"
 
     def _label(self, sample: _Sample, key: str, value: object) -> int:
         """The number of a label that is a number or a name."""

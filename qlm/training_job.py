@@ -142,7 +142,7 @@ class Job:
         )
 
 
-def making_the_base(recipe: FinetuneRecipe) -> Recipe | None:
+def base_quantizing_recipe(recipe: FinetuneRecipe) -> Recipe | None:
     """The quantizing recipe of the base, or None where `model` is trained on as it is. For a task whose head the float model lacks it is
     that of the language model: the new head is the training's."""
     quantizing = recipe.base_recipe()

@@ -116,11 +116,24 @@ class _Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+# Methods of transformers' Trainer (5.20 to 5.23) that are overridden. One of another name would not be called, and nobody would know.
+OVERRIDDEN = (
+    "_get_train_sampler", "_get_num_items_in_batch", "compute_loss", "training_step", "_clip_grad_norm", "log", "evaluate",
+    "_save_checkpoint", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state",
+)  # fmt: skip
+
+
 @functools.cache
 def trainer_class() -> "type[TrainingLoop]":
     """`TrainingLoop` on top of transformers' Trainer, to be made instances of."""
     import transformers
 
+    missing = [name for name in OVERRIDDEN if not hasattr(transformers.Trainer, name)]
+    if missing:
+        raise Unavailable(
+            f"transformers {transformers.__version__}: its Trainer has no {missing[0]}, without which nothing would watch over the run; "
+            "install the version of constraints.txt"
+        )
     return type(
         "QlmTrainer", (TrainingLoop, transformers.Trainer), {"__doc__": TrainingLoop.__doc__, "__module__": __name__}
     )
@@ -293,7 +306,7 @@ class TrainingLoop(Trainer):
         kept = f"the checkpoint of step {saved[0]} is kept" if saved else "no checkpoint was written yet"
         raise DataError(
             f"step {self.state.global_step + 1}: {what}{f': {where}' if where else ''}; this step was not applied, and {kept}; "
-            "look at the data, or lower train.learning_rate"
+            "look at the data, or lower train.learning_rate and start over with --force"
         )
 
     # - what is written down -

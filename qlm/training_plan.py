@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from qlm.adapters import choose_targets
-from qlm.arch import FamilySpec
+from qlm.adapters import choose_targets, linear_shapes
 from qlm.backends import BACKENDS
 from qlm.blocks import choose_settings
 from qlm.errors import CannotCreate, Unavailable
 from qlm.load import block_paths, open_source
 from qlm.plan import PROCESS_BYTES, available_memory, free_disk, gigabytes, matmul_rate, plan, stored_bytes
 from qlm.recipe import FinetuneRecipe
-from qlm.training_job import Job, Place, making_the_base
+from qlm.training_job import Job, Place, base_quantizing_recipe
 
 # What peft, accelerate and the Trainer take beside what a process has anyway; measured 150 to 200 MB.
 LIBRARIES_BYTES = 200_000_000
+# Imports, opening the base, putting the adapter on it.
+START_SECONDS = 10.0
 # Parameter, gradient and two moments in float32; with an 8-bit optimizer the moments take a byte each.
 ADAM_BYTES, ADAM_8BIT_BYTES = 16, 10
 # Logits in the precision of the model, shifted in float32, their log-softmax, its gradient, and that in float32.
@@ -33,7 +33,9 @@ LOGIT_COPIES_FP32 = 4
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Attributes:
+    """What a run needs.
+
+    Attributes:
     steps: of the run. tokens_per_step: at most, over all processes.
     trainable: parameters of the adapter; a task's head is not counted.
     base_memory, adapter_memory, activation_memory: bytes on the device that trains.
@@ -75,7 +77,7 @@ def plan_training(recipe: FinetuneRecipe, device: str = "cpu", processes: int = 
     job = Job.open(recipe, recipe.model, place)
     spec, train = job.source.spec, recipe.train
     model, base = _base_bytes(recipe, job)
-    targets = choose_targets(_linears(model, spec), spec, recipe.adapter.targets)
+    targets = choose_targets(list(linear_shapes(model, spec)), spec, recipe.adapter.targets)
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
     trainable = sum(recipe.adapter.r * sum(shape) for shape in shapes.values())
     adapter = trainable * (ADAM_BYTES if job.optimizer == "adamw" else ADAM_8BIT_BYTES)
@@ -85,7 +87,7 @@ def plan_training(recipe: FinetuneRecipe, device: str = "cpu", processes: int = 
     memory = base + adapter + activations + (PROCESS_BYTES + LIBRARIES_BYTES if on_cpu else 0)
     # Two checkpoints with parameters and moments, one more while it is written, and the adapter itself.
     disk, seconds = trainable * (3 * 12 + 4), 0.0
-    quantizing = making_the_base(recipe)
+    quantizing = base_quantizing_recipe(recipe)
     if quantizing is not None and not Path(recipe.base_output).exists():
         needs = plan(quantizing, device)
         memory, disk, seconds = max(memory, needs.quantize_memory), disk + needs.disk, needs.quantize_seconds
@@ -101,7 +103,7 @@ def plan_training(recipe: FinetuneRecipe, device: str = "cpu", processes: int = 
         memory_available=available_memory() if on_cpu else _gpu_memory(place.device),
         disk=disk,
         disk_free=free_disk(Path(recipe.output)),
-        seconds=round(seconds + _seconds(job, model, per_step), 1) if on_cpu else -1.0,
+        seconds=round(seconds + _seconds(recipe, job, model, per_step), 1) if on_cpu else -1.0,
     )
 
 
@@ -118,11 +120,6 @@ def refuse_if_too_large(recipe: FinetuneRecipe, needs: TrainingPlan) -> None:
             "available; use a smaller train.batch_size with more gradient_accumulation, a smaller max_length, gradient_checkpointing: "
             "true, or quantize: {backend: nf4}"
         )
-
-
-def _linears(model: nn.Module, spec: FamilySpec) -> list[str]:
-    inner = [linear for stage in spec.stages for group in stage for linear in group.linears]
-    return [f"{block}.{linear}" for block in block_paths(spec, model) for linear in inner]
 
 
 def _base_bytes(recipe: FinetuneRecipe, job: Job) -> tuple[Any, int]:
@@ -154,11 +151,7 @@ def _activation_bytes(
     itemsize = 2 if job.precision != "float32" else 4
     width, layers = int(getattr(config, spec.hidden_size)), int(getattr(config, spec.layers))
     block = block_paths(spec, model)[0]
-    linears = {
-        name: tuple(model.get_submodule(name).weight.shape)
-        for name in _linears(model, spec)
-        if name.startswith(f"{block}.")
-    }
+    linears = {name: shape for name, shape in linear_shapes(model, spec).items() if name.startswith(f"{block}.")}
     kept = sum(shape[0] * itemsize for shape in linears.values())
     # The norms' inputs, the attention's own, and the MLP's activation; the residual stream is among them.
     kept += (6 * width + max(max(shape) for shape in linears.values())) * itemsize
@@ -177,9 +170,12 @@ def _gpu_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else -1
 
 
-def _seconds(job: Job, model: Any, tokens: int) -> float:
-    """Forward, the gradient of every input, and, with checkpointing, forward again; the base's weights have no gradient."""
+def _seconds(recipe: FinetuneRecipe, job: Job, model: Any, tokens: int) -> float:
+    """Of a step: forward, the gradient of every input, and, with checkpointing, forward again; the base's weights have no gradient. Beside
+    them validation, forward alone, and what a process takes before the first step."""
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
     passes = 3 if job.checkpointing else 2
     rate = matmul_rate(torch.bfloat16 if job.precision == "bfloat16" else torch.float32)
-    return passes * job.steps * tokens * weights / rate
+    looks = 2 + job.steps // recipe.train.evaluate_every if job.validation else 0
+    looked_at = looks * sum(len(row["input_ids"]) for row in job.validation)
+    return START_SECONDS + (passes * job.steps * tokens + looked_at) * weights / rate

@@ -351,6 +351,9 @@ class TestAdapter:
         engine = json.loads(cli("evaluate", folder, "--adapter", other, *options, "--runtime", "engine")[1])
         assert engine["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-4)
 
+    def test_an_adapter_is_no_model(self, cli: Cli, adapter: Path) -> None:
+        assert "is an adapter; give the model that it is for" in cli.fails(2, "generate", adapter, "--prompt", "a")
+
     def test_refused(self, cli: Cli, adapter: Path, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
         folder = folder_of("opt")
         for verb, options in (("generate", ("--prompt", "a")), ("evaluate", ("--data", text_file, "--length", 32))):

@@ -126,6 +126,12 @@ class Adapter:
         """Parameters of a head that was trained in full, by their names in the model: "score.weight"."""
         return {key.removeprefix(PREFIX): t for key, t in self.tensors.items() if ".lora_" not in key}
 
+    def labels(self) -> list[str]:
+        """The names of the labels that it was trained with, as its manifest has them; none where it does not say."""
+        if not (self.folder / manifest.NAME).is_file():
+            return []
+        return [str(name) for name in manifest.read(self.folder).get("training", {}).get("labels") or ()]
+
     def files(self) -> list[Path]:
         """Those that decide what it adds."""
         return [self.folder / CONFIG, self.folder / WEIGHTS]

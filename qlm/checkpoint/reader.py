@@ -31,7 +31,7 @@ from qlm.checkpoint.folder import ModelFolder, is_plain_name, read_into, resolve
 from qlm.checkpoint.names import check_tensors
 from qlm.checkpoint.safetensors_header import TensorInfo, header_length, parse_header
 from qlm.checkpoint.unpickle import read_bin
-from qlm.errors import DataError, MissingInput, Unavailable
+from qlm.errors import DataError, MissingInput, Unavailable, UsageError
 from qlm.formats.dtypes import DTYPES, NUMPY_DTYPES, to_float32, torch_dtype
 
 # At run time torch takes seconds to import, and the CPU engine does without.
@@ -100,6 +100,10 @@ class Checkpoint:
         self.folder = folder.folder
         config = self.read_json("config.json", MAX_CONFIG_BYTES)
         if config is None:
+            if folder.path("adapter_config.json") is not None:
+                raise UsageError(
+                    f"{self.folder}: is an adapter; give the model that it is for, and this folder with --adapter"
+                )
             raise MissingInput(f"{self.folder}: has no config.json; expected a model folder")
         self.config: dict[str, Any] = config
         weights = _find_weights(folder, config)

@@ -134,7 +134,7 @@ def _belongs(adapter: Adapter, opened: OpenedCheckpoint, path: str | Path, revis
     """How the adapter is known to belong to the checkpoint; raises DataError where it does not."""
     if adapter.task != "causal-lm":
         raise UsageError(
-            f"{adapter.folder}: an adapter for {adapter.task}; the CPU engine runs language models: load it with qlm.load"
+            f"{adapter.folder}: an adapter for {adapter.task}; the CPU engine runs language models; 'qlm merge' makes a model with that head of it, or see qlm.apply_adapter"
         )
     linears = {name: shape for name, shape in opened.linears.items() if in_block(name)}
     adapter.check(linears, {}, opened.spec.model_type)

@@ -39,6 +39,8 @@ TooLong = Literal["truncate", "skip", "error"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"]
 
+# Files that hold samples in other ways than a line each, or no text at all.
+_NO_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".xz", ".docx", ".pdf")
 # Bases that adapters attach to. quanto's is there for comparison alone.
 BASES = ("nf4", "gptq", "int8")
 _MAX_RANK = 4096
@@ -140,11 +142,11 @@ class TrainRecipe(DataSource):
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
-        description="Compute activations a second time instead of keeping them: slower, with less memory. `auto`: where the memory needs it.",
+        description="Compute activations a second time instead of keeping them: slower, with less memory. `auto`: on a GPU, and on a CPU for models of more than 300 M parameters.",
     )
     precision: Precision = Field(
         "auto",
-        description="What the model computes in; `auto`: bfloat16 where the hardware has it. Adapters are float32.",
+        description="What the model computes in; `auto`: on a GPU bfloat16 where it has that, else float16 with loss scaling; float32 on a CPU. Adapters are float32.",
     )
     optimizer: Optimizer = Field(
         "auto",
@@ -170,6 +172,12 @@ class TrainRecipe(DataSource):
             raise refused(
                 "evaluate_every", "found without validation, so that there is nothing to measure on; remove it"
             )
+        for key, value in (("data", self.data), ("validation", self.validation)):
+            if isinstance(value, str) and value.lower().endswith(_NO_TEXT):
+                raise refused(
+                    key,
+                    f"found {in_words(value, '')}, which would be read as plain text; allowed: a text file, or a .jsonl file",
+                )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             twice = next(name for name in self.labels if self.labels.count(name) > 1)
             raise refused("labels", f"found {in_words(twice)} twice; allowed: each name once")
@@ -185,7 +193,7 @@ class TrainRecipe(DataSource):
         """Where validation text comes from, if it has a source of its own."""
         if self.validation is None or isinstance(self.validation, float):
             return None
-        is_jsonl = isinstance(self.validation, str) and self.validation.endswith(".jsonl")
+        is_jsonl = isinstance(self.validation, str) and self.validation.lower().endswith(".jsonl")
         column = {"column": self.column} if is_jsonl and self.is_jsonl else {}
         return DataSource.model_validate({"data": self.validation, **column})
 

@@ -374,7 +374,7 @@ class DataSource(Section):
     @property
     def is_jsonl(self) -> bool:
         """Whether `data` is a file of JSON objects, one a line."""
-        return isinstance(self.data, str) and self.data.endswith(".jsonl")
+        return isinstance(self.data, str) and self.data.lower().endswith(".jsonl")
 
 
 class CalibrationRecipe(DataSource):

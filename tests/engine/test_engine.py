@@ -93,7 +93,8 @@ class TestGenerate:
         assert texts != engine.generate(PROMPT, max_new_tokens=8, num_return_sequences=5, seed=2)
 
     def test_without_a_seed_texts_differ(self, made: Made) -> None:
-        assert len({made[0].generate(PROMPT, max_new_tokens=12)[0] for _ in range(4)}) == 4
+        # Two of them may be alike by chance; all of them would not.
+        assert len({made[0].generate(PROMPT, max_new_tokens=12)[0] for _ in range(8)}) > 1
 
     def test_repetition_penalty_counts_prompt_and_text(self, made: Made) -> None:
         ids = made[0].encode(PROMPT)

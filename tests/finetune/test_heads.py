@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from qlm.adapters import apply_adapter
 from qlm.checkpoint.adapter import read_adapter
 from qlm.finetune import finetune
+from qlm.load import load
 from tests.finetune.runs import SAME_SUMS, STEADY, jsonl, recipe_of
 
 
@@ -25,6 +28,12 @@ def test_a_new_head_for_three_labels(folder_of: Callable[[str], Path], tmp_path:
     assert result.training["labels"] == words
     heads = read_adapter(tmp_path / "out").heads()
     assert {name: tuple(tensor.shape) for name, tensor in heads.items()} == {"score.weight": (3, 128)}
+    # Onto the base from Python: a new head takes the adapter's size and labels.
+    base = load(folder_of("opt"), task="sequence-classification", new_head=True)
+    model = apply_adapter(base, tmp_path / "out").get_base_model()
+    assert model.config.id2label == dict(enumerate(words))
+    assert model.config.num_labels == 3
+    assert torch.equal(model.score.modules_to_save["default"].weight, torch.from_numpy(heads["score.weight"]))
 
 
 def test_heads_weigh_labels(copy_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 
-from qlm.errors import QlmError, UsageError
+from qlm import training_loop
+from qlm.errors import CannotCreate, QlmError, Unavailable, UsageError
 from qlm.finetune import finetune
 from qlm.load import load
 from qlm.training_job import Job, Place, choose_precision
@@ -135,3 +137,20 @@ def test_precision_by_hardware(capability: tuple[int, int], expected: str, monke
     if expected == "float16":
         with pytest.raises(QlmError, match="no bfloat16"):
             choose_precision("bfloat16", torch.device("cuda", 0))
+
+
+def test_a_trainer_without_a_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of another name would not be called, and the watchdog with it."""
+    monkeypatch.delattr(transformers.Trainer, "_clip_grad_norm")
+    training_loop.trainer_class.cache_clear()
+    with pytest.raises(Unavailable, match="its Trainer has no _clip_grad_norm"):
+        training_loop.trainer_class()
+
+
+def test_a_foreign_output_is_refused_before_the_base_is_made(copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    recipe = recipe_of(copy_of("opt"), tmp_path / "out", uneven(tmp_path), quantize={"backend": "nf4"}, steps=1)
+    with pytest.raises(CannotCreate, match="out: exists already"):
+        finetune(recipe)
+    assert not (tmp_path / "out-base").exists()

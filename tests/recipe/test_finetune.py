@@ -267,6 +267,10 @@ REFUSED = {
         PLAIN.replace("train:", "quantize: {backend: nf4, quality: fast}\ncalibration: {data: c.txt}\ntrain:"),
         "3:1: calibration: found with backend nf4, which looks at no text with quality fast; remove it",
     ),
+    "no-text": (
+        PLAIN.replace("t.txt", "t.json"),
+        "3:3: train.data: found 't.json', which would be read as plain text; allowed: a text file, or a .jsonl file",
+    ),
     "svd-of-a-shifted-target": (
         adapter("{initialization: svd}").replace("train:", "quantize: {backend: gptq}\ncalibration: {data: c.txt}\ntrain:"),
         "2:1: adapter: found initialization svd with target_shift auto, which aims at other weights than the float ones; allowed: "
