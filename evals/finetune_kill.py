@@ -10,30 +10,19 @@ differs.
 
 import argparse
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 try:
-    from evals.kill_test import finish, hashes, wait_for
+    from evals.kill_test import finish, hashes, start, wait_for
 except ImportError:  # started as a file
-    from kill_test import finish, hashes, wait_for
+    from kill_test import finish, hashes, start, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
-# One thread: the moments then mean the same on a busy machine, and the interpreter is this one.
-COMMAND = [sys.executable, "-c", "from qlm.cli import main; main()", "finetune", "--quiet", "--threads", "1"]
-
-
-def start(recipe: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*COMMAND, str(recipe)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
 
 
 def recipe_for(model: Path, backend: str, steps: int, output: Path) -> dict[str, object]:
@@ -77,7 +66,7 @@ def main() -> None:
         # JSON is YAML.
         recipe.write_text(json.dumps(recipe_for(options.model.resolve(), options.backend, options.steps, output)))
 
-        process = start(recipe)
+        process = start(recipe, "finetune")
         first = wait_for(process, partial)
         finish(process)
         seconds = time.monotonic() - first
@@ -87,7 +76,7 @@ def main() -> None:
         identical = killed = 0
         while killed < options.runs:
             shutil.rmtree(output)
-            process = start(recipe)
+            process = start(recipe, "finetune")
             wait_for(process, partial)
             moment = chance.uniform(0, seconds)
             time.sleep(moment)
@@ -97,7 +86,7 @@ def main() -> None:
                 continue  # it was quicker than usual and had ended: no kill
             killed += 1
             left = left_by(partial, output)
-            finish(start(recipe))
+            finish(start(recipe, "finetune"))
             found = hashes(output)
             other = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             other += [partial.name] if partial.exists() else []

@@ -23,13 +23,13 @@ from qlm.recipe import load_recipe, resolved
 
 ROOT = Path(__file__).resolve().parent.parent
 # One thread: the moments then mean the same on a busy machine, and the interpreter is this one.
-COMMAND = [sys.executable, "-c", "from qlm.cli import main; main()", "quantize", "--quiet", "--threads", "1"]
+COMMAND = [sys.executable, "-c", "from qlm.cli import main; main()"]
 
 
-def start(recipe: Path) -> subprocess.Popen[bytes]:
+def start(recipe: Path, verb: str = "quantize") -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*COMMAND, str(recipe)],
+        [*COMMAND, verb, "--quiet", "--threads", "1", str(recipe)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,

@@ -21,7 +21,7 @@ from qlm.arch import Task
 from qlm.calibrate import bos_rule
 from qlm.checkpoint import manifest
 from qlm.checkpoint.adapter import CONFIG, HEADS, WEIGHTS, base_facts
-from qlm.checkpoint.files import PartialFolder, tidy
+from qlm.checkpoint.files import PartialFolder, check_output, tidy
 from qlm.errors import CannotCreate, DataError, UsageError
 from qlm.load import check_device, load, open_source
 from qlm.quantize import KEY_CONFIG_VALUES, Progress, quantize
@@ -29,7 +29,7 @@ from qlm.recipe import FinetuneRecipe, Recipe, resolved_finetune
 from qlm.signals import Signals
 from qlm.training_job import Job, Place, base_quantizing_recipe
 from qlm.training_loop import TrainingLoop
-from qlm.training_plan import TrainingPlan, plan_training, refuse_if_too_large
+from qlm.training_plan import TrainingPlan, plan_job, refuse_if_too_large
 from qlm.training_report import training_report
 
 CHECKPOINTS = "checkpoints"
@@ -77,19 +77,23 @@ def finetune(
     tell = progress or (lambda what, done, total: None)
     check_device(device)
     place = Place.here(device)
+    output = Path(recipe.output)
+    if not (output / manifest.NAME).is_file():
+        # Before the base is made, which may take long. Whether an output of ours is of the same run is known afterwards.
+        check_output(output, force)
+    job = Job.open(recipe, place)
     if place.is_main:
-        _refuse_foreign(Path(recipe.output), force)
-        needs = plan_training(recipe, str(place.device), place.processes)
+        needs = plan_job(recipe, job, place)
         refuse_if_too_large(recipe, needs)
         if planned is not None:
             planned(needs)
     place.wait()
     base = _base(recipe, place, force, tell)
-    job = Job.open(recipe, base, place)
+    if base != recipe.model:
+        job = job.on(base)
     tell("hash input", 0, 1)
     identity = _identity(recipe, job, place)
     tell("hash input", 1, 1)
-    output = Path(recipe.output)
     if not force and manifest.is_made(output, identity):
         if place.is_main:
             tidy(output)
@@ -113,12 +117,6 @@ def finetune(
             partial.commit(partial.finished_names)
     place.wait()
     return _result(output, base, resumed)
-
-
-def _refuse_foreign(output: Path, force: bool) -> None:
-    """Before the base is made, which may take long. Whether an output of ours is of the same run is known afterwards."""
-    if output.exists() and not force and not (output / manifest.NAME).is_file():
-        raise CannotCreate(f"{output}: exists already; give another output, or --force to replace it")
 
 
 def _base(recipe: FinetuneRecipe, place: Place, force: bool, tell: Progress) -> str:
@@ -207,7 +205,8 @@ def _write_manifest(partial: PartialFolder, identity: Mapping[str, Any], job: Jo
         bos=bos_rule(job.source.spec),
         config={key: value for key, value in job.source.config.to_dict().items() if key in KEY_CONFIG_VALUES},
         training=training,
-        base=base_facts(job.base, job.revision),
+        # Names of the base's files hold no ": ", which those of the data do.
+        base=base_facts(job.base, job.revision, {k: v for k, v in identity["inputs"].items() if ": " not in k}),
     )
     partial.write_json(manifest.NAME, written)
 

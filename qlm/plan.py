@@ -337,11 +337,7 @@ def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
     Raises:
         CannotCreate: the disk is too small. Unavailable: memory is.
     """
-    if needs.disk > needs.disk_free:
-        raise CannotCreate(
-            f"output: {recipe.output} needs {gigabytes(needs.disk)}, and {gigabytes(needs.disk_free)} are free there; "
-            "free some, or choose another disk"
-        )
+    refuse_small_disk(recipe.output, needs.disk, needs.disk_free)
     for what, need, advice in (
         ("quantizing", needs.quantize_memory, "use fewer or shorter calibration samples"),
         ("evaluating", needs.evaluate_memory, "remove the evaluate section"),
@@ -351,6 +347,14 @@ def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
                 f"{what} {recipe.model} needs about {gigabytes(need)} of memory, and {gigabytes(needs.memory_available)} are "
                 f"available on this machine ({os.uname().machine}); {advice}, or use a larger machine"
             )
+
+
+def refuse_small_disk(output: str, needed: int, free: int) -> None:
+    """Raises CannotCreate. Both in bytes."""
+    if needed > free:
+        raise CannotCreate(
+            f"output: {output} needs {gigabytes(needed)}, and {gigabytes(free)} are free there; free some, or choose another disk"
+        )
 
 
 def gigabytes(count: float) -> str:

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,15 +95,15 @@ class Job:
     checkpointing: bool
 
     @classmethod
-    def open(cls, recipe: FinetuneRecipe, base: str, place: Place) -> "Job":
+    def open(cls, recipe: FinetuneRecipe, place: Place) -> "Job":
+        """On the recipe's own model; `on` is the same on what that has been quantized into."""
         train = recipe.train
-        revision = recipe.revision if recipe.quantize is None else None
         source, empty = open_source(
-            base, revision=revision, task=recipe.task, attn_implementation=recipe.attn_implementation,
+            recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation,
             new_head=recipe.task != "causal-lm",
         )  # fmt: skip
         labels = _labels(recipe, source)
-        tokenizer = load_tokenizer(base, revision=revision)
+        tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
         length = window_length(train.max_length, int(getattr(source.config, source.spec.positions)))
         read = functools.partial(
             read_samples, tokenizer=tokenizer, spec=source.spec, task=recipe.task, max_length=length,
@@ -124,8 +124,8 @@ class Job:
         parameters = sum(empty.get_submodule(name).weight.numel() for name in linear_paths(empty))
         large = place.device.type == "cuda" or parameters > _LARGE
         return cls(
-            base=base,
-            revision=revision,
+            base=recipe.model,
+            revision=recipe.revision,
             source=source,
             task=recipe.task,
             rows=rows,
@@ -140,6 +140,11 @@ class Job:
             optimizer=choose_optimizer(train.optimizer, place.device),
             checkpointing=large if train.gradient_checkpointing == "auto" else train.gradient_checkpointing,
         )
+
+    def on(self, base: str) -> "Job":
+        """On another folder of the same model, with its tokenizer and so the same rows."""
+        source, _ = open_source(base, task=self.task, new_head=self.task != "causal-lm")
+        return replace(self, base=base, revision=None, source=source)
 
 
 def base_quantizing_recipe(recipe: FinetuneRecipe) -> Recipe | None:

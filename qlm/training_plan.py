@@ -15,9 +15,18 @@ import torch
 from qlm.adapters import choose_targets, linear_shapes
 from qlm.backends import BACKENDS
 from qlm.blocks import choose_settings
-from qlm.errors import CannotCreate, Unavailable
+from qlm.errors import Unavailable
 from qlm.load import block_paths, open_source
-from qlm.plan import PROCESS_BYTES, available_memory, free_disk, gigabytes, matmul_rate, plan, stored_bytes
+from qlm.plan import (
+    PROCESS_BYTES,
+    available_memory,
+    free_disk,
+    gigabytes,
+    matmul_rate,
+    plan,
+    refuse_small_disk,
+    stored_bytes,
+)
 from qlm.recipe import FinetuneRecipe
 from qlm.training_job import Job, Place, base_quantizing_recipe
 
@@ -70,11 +79,14 @@ class TrainingPlan:
         )
 
 
-def plan_training(recipe: FinetuneRecipe, device: str = "cpu", processes: int = 1) -> TrainingPlan:
-    """Predict what the recipe needs, each of the processes. Raises what `finetune` would raise for a wrong recipe, checkpoint or text."""
-    place = Place(torch.device(device), 0, processes)
-    # The base that is yet to be made has the same sizes and the same tokens.
-    job = Job.open(recipe, recipe.model, place)
+def plan_training(recipe: FinetuneRecipe, device: str = "cpu") -> TrainingPlan:
+    """Predict what the recipe needs. Raises what `finetune` would raise for a wrong recipe, checkpoint or text."""
+    place = Place(torch.device(device), 0, 1)
+    return plan_job(recipe, Job.open(recipe, place), place)
+
+
+def plan_job(recipe: FinetuneRecipe, job: Job, place: Place) -> TrainingPlan:
+    """The same, of each of the processes, for a job on the recipe's model: a base that is yet to be made has its sizes and its tokens."""
     spec, train = job.source.spec, recipe.train
     model, base = _base_bytes(recipe, job)
     targets = choose_targets(list(linear_shapes(model, spec)), spec, recipe.adapter.targets)
@@ -89,7 +101,7 @@ def plan_training(recipe: FinetuneRecipe, device: str = "cpu", processes: int = 
     disk, seconds = trainable * (3 * 12 + 4), 0.0
     quantizing = base_quantizing_recipe(recipe)
     if quantizing is not None and not Path(recipe.base_output).exists():
-        needs = plan(quantizing, device)
+        needs = plan(quantizing, str(place.device))
         memory, disk, seconds = max(memory, needs.quantize_memory), disk + needs.disk, needs.quantize_seconds
     per_step = tokens * train.gradient_accumulation * place.processes
     return TrainingPlan(
@@ -109,11 +121,7 @@ def plan_training(recipe: FinetuneRecipe, device: str = "cpu", processes: int = 
 
 def refuse_if_too_large(recipe: FinetuneRecipe, needs: TrainingPlan) -> None:
     """Raises CannotCreate where the disk is too small, Unavailable where memory is: now, and not after an hour."""
-    if needs.disk > needs.disk_free:
-        raise CannotCreate(
-            f"output: {recipe.output} needs {gigabytes(needs.disk)}, and {gigabytes(needs.disk_free)} are free there; free some, or "
-            "choose another disk"
-        )
+    refuse_small_disk(recipe.output, needs.disk, needs.disk_free)
     if 0 <= needs.memory_available < needs.memory:
         raise Unavailable(
             f"training {recipe.model} needs about {gigabytes(needs.memory)} of memory, and {gigabytes(needs.memory_available)} are "

@@ -6,7 +6,6 @@ adapter_config.json that would change numbers in a way that is not done here are
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import numpy as np
 from qlm.arch import Task
 from qlm.checkpoint import manifest, strict_json
 from qlm.checkpoint.folder import ModelFolder, read_into
-from qlm.checkpoint.reader import Checkpoint
-from qlm.checkpoint.safetensors_header import TensorInfo, header_length, parse_header
+from qlm.checkpoint.reader import Checkpoint, read_header
+from qlm.checkpoint.safetensors_header import TensorInfo
 from qlm.errors import DataError, MissingInput
 from qlm.formats.dtypes import FLOATS, NUMPY_DTYPES, to_float32
 
@@ -305,15 +304,8 @@ def _by_pattern(pattern: Mapping[str, Any], path: str, otherwise: Any) -> Any:
 def _read_tensors(folder: ModelFolder) -> dict[str, np.ndarray]:
     file = folder.folder / WEIGHTS
     with folder.open(WEIGHTS) as descriptor:
-        size = os.fstat(descriptor).st_size
-        first = bytearray(min(9, size))
-        read_into(descriptor, memoryview(first), 0, file)
-        header = bytearray(header_length(bytes(first), size, str(file)))
-        read_into(descriptor, memoryview(header), 8, file)
-        return {
-            name: _read_tensor(descriptor, name, info, file)
-            for name, info in sorted(parse_header(bytes(header), file, size).items())
-        }
+        tensors, _ = read_header(descriptor, file)
+        return {name: _read_tensor(descriptor, name, info, file) for name, info in sorted(tensors.items())}
 
 
 def _read_tensor(descriptor: int, name: str, info: TensorInfo, file: Path) -> np.ndarray:
@@ -364,9 +356,13 @@ def _check_names(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], f
 # --- which base it belongs to -------------------------------------------------------------------------------------------
 
 
-def base_facts(base: str | Path, revision: str | None = None) -> dict[str, Any]:
+def base_facts(
+    base: str | Path, revision: str | None = None, files: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """What the manifest of an adapter says about its base, under "base".
 
+    Args:
+        files: {name: {"bytes", "sha256"}} of its files, where they have been hashed already.
     Returns:
         "files": {name: {"bytes", "sha256"}} of the files that decide what the base computes. "float_files": the same of the float
         checkpoint that it was quantized from, where its own manifest says so, else {}. "smoothed": whether scales were moved from
@@ -374,7 +370,7 @@ def base_facts(base: str | Path, revision: str | None = None) -> dict[str, Any]:
     """
     checkpoint = Checkpoint.open(base, revision)
     facts: dict[str, Any] = {
-        "files": manifest.input_facts(checkpoint.files()), "float_files": {}, "smoothed": False
+        "files": manifest.input_facts(checkpoint.files()) if files is None else dict(files), "float_files": {}, "smoothed": False,
     }  # fmt: skip
     if checkpoint.quantize_config is not None and checkpoint.path(manifest.NAME) is not None:
         written = manifest.read(checkpoint.folder)

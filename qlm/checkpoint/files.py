@@ -287,6 +287,21 @@ def _target(path: str | Path) -> tuple[Path, Path | None]:
     return target, target.with_name(f".{target.name}.qlm{TEMPORARY}")
 
 
+def check_output(output: Path, force: bool) -> bool:
+    """Whether there is an output to replace. Raises CannotCreate for one that may not be replaced."""
+    if not os.path.lexists(output):
+        return False
+    if not force:
+        raise CannotCreate(f"{output}: exists already; give another output, or --force to replace it")
+    is_folder = output.is_dir() and not output.is_symlink()
+    if not is_folder or ((names := _names(output)) and MARKER not in names):
+        raise CannotCreate(
+            f"{output}: is not an output of qlm (it has no {MARKER}), so --force does not replace it; remove "
+            "it yourself or give another output"
+        )
+    return True
+
+
 class PartialFolder:
     """A folder being written. Use it in a `with` statement; without `commit` the output does not appear.
 
@@ -452,7 +467,7 @@ class PartialFolder:
                 f"{self.path(unexpected[0])}: does not belong to the output; remove it and run the same command again"
             )
         _sync_folder(self._files)
-        replaces = self._check_output()
+        replaces = check_output(self.output, self.force)
         if replaces:
             _rename(self.output, self._old)
         try:
@@ -465,20 +480,6 @@ class PartialFolder:
         self._committed = True
         _sync_folder(self.output.parent)
         self._remove_partial()
-
-    def _check_output(self) -> bool:
-        """Whether there is an output to replace."""
-        if not os.path.lexists(self.output):
-            return False
-        if not self.force:
-            raise CannotCreate(f"{self.output}: exists already; give another output, or --force to replace it")
-        is_folder = self.output.is_dir() and not self.output.is_symlink()
-        if not is_folder or ((names := _names(self.output)) and MARKER not in names):
-            raise CannotCreate(
-                f"{self.output}: is not an output of qlm (it has no {MARKER}), so --force does not replace it; remove "
-                "it yourself or give another output"
-            )
-        return True
 
     def _start(self) -> None:
         """Decide between a new folder and the continuation of a former one."""
@@ -493,7 +494,7 @@ class PartialFolder:
         elif identity is not None and not self.force and not self._files.exists() and os.path.lexists(self.output):
             # A former run was stopped after its output had appeared; all that is left to do is to tidy up.
             self._fresh = True
-        self._check_output()
+        check_output(self.output, self.force)
         if identity is not None and self.force:
             self._remove_partial(keep_lock=True)
             self._fresh, identity = True, None

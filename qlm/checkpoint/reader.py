@@ -342,13 +342,17 @@ def _find_weights(folder: ModelFolder, config: Mapping[str, Any]) -> _Weights:
 
 
 def _read_safetensors(folder: ModelFolder, name: str) -> _Header:
-    file = folder.folder / name
     with folder.open(name) as descriptor:
-        size = os.fstat(descriptor).st_size
-        first = bytearray(min(9, size))
-        read_into(descriptor, memoryview(first), 0, file)
-        header = bytearray(header_length(bytes(first), size, str(file)))
-        read_into(descriptor, memoryview(header), 8, file)
+        return read_header(descriptor, folder.folder / name)
+
+
+def read_header(descriptor: int, file: Path) -> _Header:
+    """The tensors of an open safetensors file, and its size."""
+    size = os.fstat(descriptor).st_size
+    first = bytearray(min(9, size))
+    read_into(descriptor, memoryview(first), 0, file)
+    header = bytearray(header_length(bytes(first), size, str(file)))
+    read_into(descriptor, memoryview(header), 8, file)
     return parse_header(bytes(header), file, size), size
 
 

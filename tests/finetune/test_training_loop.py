@@ -42,7 +42,7 @@ def test_loss_is_the_mean_over_target_tokens(variant: str, copy_of: Callable[...
         validation=str(data), steps=1, adapter={"dropout": 0.0},
     )  # fmt: skip
     result = finetune(recipe)
-    job = Job.open(recipe, str(model), Place.here("cpu"))
+    job = Job.open(recipe, Place.here("cpu"))
     plain = load(model, dtype=torch.float32)
 
     def mean(rows: list[dict[str, Any]]) -> tuple[float, int]:
@@ -78,7 +78,7 @@ def test_epochs_end_with_rows_of_no_weight(folder_of: Callable[[str], Path], tmp
         max_length=48, packing=False,
     )  # fmt: skip
     result = finetune(recipe)
-    job = Job.open(recipe, recipe.model, Place.here("cpu"))
+    job = Job.open(recipe, Place.here("cpu"))
     learned = sum(len(row["input_ids"]) - 1 for row in job.rows)
     assert sum(record["tokens"] for record in result.metrics) == 2 * learned
     assert (result.steps, len(job.order), job.order.count(-1)) == (2, 16, 2)
