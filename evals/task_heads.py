@@ -34,7 +34,7 @@ from qlm.finetune import finetune  # noqa: E402
 from qlm.load import load_tokenizer  # noqa: E402
 from qlm.merge import merge  # noqa: E402
 from qlm.recipe import DataSource, FinetuneRecipe, load_finetune_recipe  # noqa: E402
-from qlm.training_data import NOT_LEARNED, collate, read_samples  # noqa: E402
+from qlm.training.data import NOT_LEARNED, collate, read_samples  # noqa: E402
 
 MODELS = ("tiny-gpt-neox", "tiny-opt", "tiny-gpt-bigcode")
 CHECKPOINTS = ROOT / "evals" / "checkpoints"

@@ -1,4 +1,5 @@
-"""LoRA adapters: put onto a model, and made into a folder's content. The project's only door to peft (checkpoint/adapter.py reads a folder).
+"""LoRA adapters: put onto a model, and made into a folder's content. The project's only door to peft; checkpoint/adapter.py reads a
+folder.
 
 Adapters lie on the linears of the blocks, those that the family's `lora_targets` name or a recipe's globs match; never on the
 language-model head. PEFT's own layers do the work: `Linear` over float linears, its bitsandbytes `Linear4bit` over NF4, and over
@@ -22,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlm.arch import FAMILIES, FamilySpec, Task
+from qlm.arch import FAMILIES, HEADS, FamilySpec, Task
 from qlm.backends import BACKENDS
 from qlm.backends.gptq import GptqLinear
 from qlm.backends.int8 import Int8Linear
-from qlm.checkpoint.adapter import HEADS, TASK_TYPES, Adapter, read_adapter
+from qlm.checkpoint.adapter import TASK_TYPES, Adapter, read_adapter
 from qlm.errors import UsageError
 from qlm.formats.nf4 import Nf4Format
 from qlm.kernels.ops import dequantize_gptq
@@ -142,10 +143,12 @@ def apply_adapter(model: Any, folder: "str | Path | Adapter", name: str = "defau
     """Put an adapter from a folder onto a model, changed in place.
 
     Args:
-        folder: or the adapter in it, where that has been read already. Shapes are compared with the model's; by which base it was
-            trained on nobody asks here (`qlm generate`, `qlm evaluate` and `qlm.Engine` do).
-        model: as `attach` takes it, for the adapter's task; a head that was started anew takes the adapter's size and labels. The first adapter is active at once; of several, `set_adapter` chooses one
-            and `disable_adapter()` is the model without any.
+        model: as `attach` takes it, for the adapter's task; a head that was started anew takes the adapter's size and labels.
+        folder: or the adapter in it, where that has been read already. Shapes are compared with the model's; which base it was trained
+            on is not asked here (`qlm generate`, `qlm evaluate` and `qlm.Engine` do).
+        name: of the adapter. The first is active at once; of several, `set_adapter` chooses one, and `disable_adapter()` is the model
+            without any.
+        trainable: whether its weights have gradients.
     Returns:
         the PeftModel, in the mode that the model was in.
     Raises:

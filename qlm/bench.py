@@ -91,7 +91,7 @@ def bench(
 
     Raises UsageError for sizes below 1 or beyond the model's positions, and what `Engine` raises.
     """
-    _check_sizes(prompt=prompt_tokens, new=new_tokens, batch=batch, repeats=repeats)
+    check_sizes(prompt=prompt_tokens, new=new_tokens, batch=batch, repeats=repeats)
     started = time.perf_counter()
     with Engine(model, revision=revision, threads=threads, head=head, cache_dtype=cache_dtype) as engine:
         load_s = time.perf_counter() - started
@@ -141,7 +141,8 @@ def bench(
     )
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """Raises UsageError for one that is no whole number of at least 1."""
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name} {value!r}: expected a whole number of at least 1")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlm.arch import FamilySpec
 from qlm.errors import DataError, MissingInput, Unavailable, UsageError
-from qlm.recipe import DataSource, HubDataset
+from qlm.recipe import CalibrationRecipe, DataSource, HubDataset
 
 # Longest window by default; the protocol of the GPTQ paper, and what the families were trained with at least.
 LONGEST_WINDOW = 2048
@@ -43,7 +43,8 @@ class Text:
 
 
 def read_text(source: DataSource) -> Text:
-    """Read a text file (one document), a JSONL file (one a line) or a hub dataset (one a row).
+    """Read a text file (one document), a JSONL file (one a line) or a hub dataset (one a row). To calibrate with, a prompt and its
+    completion, as fine-tuning takes them, are one document; where it is measured they are refused, for only completions should count.
 
     Raises:
         MissingInput: no such file, or the hub cannot be reached. DataError: not text. UsageError: nothing in it.
@@ -51,7 +52,7 @@ def read_text(source: DataSource) -> Text:
     if isinstance(source.data, HubDataset):
         text = _read_hub(source.data)
     else:
-        text = _read_file(Path(source.data), source.column)
+        text = _read_file(Path(source.data), source.column, joins_pairs=isinstance(source, CalibrationRecipe))
     if not any(document.strip() for document in text.documents):
         raise UsageError(f"{text.description}: there is no text in it")
     return text
@@ -74,7 +75,7 @@ def read_utf8(path: Path) -> str:
     return text
 
 
-def _read_file(path: Path, column: str) -> Text:
+def _read_file(path: Path, column: str, *, joins_pairs: bool) -> Text:
     text = read_utf8(path)
     if path.suffix != ".jsonl":
         return Text((text,), path.name)
@@ -83,7 +84,14 @@ def _read_file(path: Path, column: str) -> Text:
         if not line.strip():
             continue
         try:
-            document = json.loads(line)[column]
+            sample = json.loads(line)
+            is_pair = column not in sample and "prompt" in sample and "completion" in sample
+            if is_pair and not joins_pairs:
+                raise DataError(
+                    f"{path}:{number}: found 'prompt' and 'completion', and a perplexity would count the prompts too; expected {column!r}: "
+                    "give a plain text, or measure completions alone with qlm finetune, as its train.validation"
+                )
+            document = sample["prompt"] + sample["completion"] if is_pair else sample[column]
             document.encode()  # half a character (an escaped surrogate) is no text
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DataError(f"{path}:{number}: expected a JSON object with a string {column!r}") from None

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -48,6 +49,9 @@ JsonFile = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: all GPUs, for models larger than one.")
+]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a model on the hub.")]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")]
 Attention = Annotated[
@@ -184,19 +188,25 @@ def finetune(
     loaded = load_finetune_recipe(recipe)
     _set_threads(threads)
     from qlm.finetune import finetune as train
-    from qlm.report import Reporter
+    from qlm.report import Reporter, facts_table, output_console
 
-    def planned(needs: Any) -> None:
-        if not quiet:
-            typer.echo(f"qlm: {needs.in_words()}", err=True)
-
-    with Reporter(quiet).progress(recipe.stem) as tell:
-        result = train(loaded, force=force, device=device, progress=tell, planned=planned)
+    reporter, start = Reporter(quiet), time.perf_counter()
+    with reporter.progress(recipe.stem) as tell:
+        result = train(
+            loaded, force=force, device=device, progress=tell,
+            planned=lambda needs: reporter.note(f"{recipe.stem}: {needs.in_words()}"),
+        )  # fmt: skip
+    if result.resumed == result.steps:
+        reporter.note(f"{recipe.stem}: {result.output} was there already")
+    if str(json_file) != "-":
+        output_console().print(facts_table(result.summary(time.perf_counter() - start)))
+        for line in result.next_commands():
+            reporter.note(f"next: {line}")
     facts = {
         "adapter": str(result.output), "base": result.base, "steps": result.steps, "resumed_steps": result.resumed,
         **result.training,
     }  # fmt: skip
-    _show(facts, json_file)
+    _write_json(facts, json_file)
 
 
 @app.command()
@@ -275,7 +285,7 @@ def plan(recipes: Recipes, json_file: JsonFile = None, debug: Debug = False) -> 
     """Predict memory, disk and time of recipes, without doing anything."""
     from qlm.plan import plan as make_plan
     from qlm.recipe import FinetuneRecipe, load_any_recipe
-    from qlm.training_plan import plan_training
+    from qlm.training.plan import plan_training
 
     loaded = {str(path): load_any_recipe(path) for path in recipes}
     plans = {
@@ -339,7 +349,7 @@ def evaluate(
     adapter: AdapterFolder = None,
     revision: Revision = None,
     runtime: RuntimeName = "transformers",
-    device: Device = "cpu",
+    device: Devices = "cpu",
     dtype: Dtype = "auto",
     attention: Attention = None,
     threads: Threads = None,
@@ -390,10 +400,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; give it again for several.")] = None,
+    no_graphs: Annotated[
+        bool, typer.Option("--no-graphs", help="Do not record steps as a CUDA graph (GPUs only).")
+    ] = False,
     adapter: AdapterFolder = None,
     revision: Revision = None,
     runtime: RuntimeName = None,
-    device: Device = "cpu",
+    device: Devices = "cpu",
     dtype: Dtype = "auto",
     attention: Attention = None,
     threads: Threads = None,
@@ -446,7 +459,8 @@ def generate(
         settings = {"device": device, "dtype": dtype, "attn_implementation": attention or "sdpa"}
         loaded = load_with_adapter(model, adapter, revision=revision, **settings)
         tokenizer = load_tokenizer(model, revision=revision)
-        texts = [make_text(loaded, tokenizer, each, **options, stream=piecewise) for each in prompt]
+        graphs = False if no_graphs else None
+        texts = [make_text(loaded, tokenizer, each, **options, stream=piecewise, graphs=graphs) for each in prompt]
     on_top = {} if adapter is None else {"adapter": str(adapter)}
     how = {"model": model, **on_top, "revision": revision, "runtime": chosen, "options": {**options, **settings}}
     found = [{"prompt": each, "texts": of_it, **how} for each, of_it in zip(prompt, texts, strict=True)]
@@ -468,6 +482,9 @@ def bench(
     new: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
     batch: Annotated[int, typer.Option(min=1, max=1024, help="Sequences side by side.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; the medians count.")] = 5,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    attention: Attention = None,
     threads: Threads = None,
     head: Head = "auto",
     cache_dtype: CacheDtype = "auto",
@@ -475,13 +492,26 @@ def bench(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """Time the engine on this machine: prefill and decoding, beside the memory bandwidth that bounds it."""
-    from qlm.bench import bench as measure
+    """Time prefill and decoding on this machine, beside the memory bandwidth that bounds it: the engine's on CPUs, recorded steps on GPUs."""
+    from qlm.engine.runtime import choose_runtime
 
-    result = measure(
-        model, prompt_tokens=prompt, new_tokens=new, batch=batch, repeats=repeats, revision=revision, threads=threads,
-        head=head, cache_dtype=cache_dtype,
+    sizes: dict[str, Any] = {
+        "prompt_tokens": prompt, "new_tokens": new, "batch": batch, "repeats": repeats, "revision": revision,
+    }  # fmt: skip
+    chosen, _ = choose_runtime(
+        None if device != "cpu" else "engine", model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
+        cache_dtype=cache_dtype,
     )  # fmt: skip
+    result: Any
+    if chosen == "engine":
+        from qlm.bench import bench as measure
+
+        result = measure(model, **sizes, threads=threads, head=head, cache_dtype=cache_dtype)
+    else:
+        from qlm.gpu_bench import gpu_bench
+
+        _set_threads(threads)
+        result = gpu_bench(model, **sizes, device=device, dtype=dtype, attn_implementation=attention or "sdpa")
     _show(result.to_json(), json_file)
 
 

@@ -1,12 +1,13 @@
 """A base, a text and a recipe in, a PEFT adapter out: the run itself.
 
-The loop is training_loop.py's; what is trained on what is training_job.py's. Here is what lies around them: quantizing the base first
+The loop is training/loop.py's; what is trained on what is training/job.py's. Here is what lies around them: quantizing the base first
 where the recipe says so, the model with its adapter, what a run must agree in to go on where another was, and the output.
 """
 
 import importlib.metadata
 import json
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,21 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlm import adapters, training_loop, training_state
-from qlm.arch import Task
+from qlm import adapters
+from qlm.arch import HEADS, Task
 from qlm.calibrate import bos_rule
 from qlm.checkpoint import manifest
-from qlm.checkpoint.adapter import CONFIG, HEADS, WEIGHTS, base_facts
+from qlm.checkpoint.adapter import CONFIG, WEIGHTS, base_facts
 from qlm.checkpoint.files import PartialFolder, check_output, tidy
 from qlm.errors import CannotCreate, DataError, UsageError
 from qlm.load import check_device, load, open_source
 from qlm.quantize import KEY_CONFIG_VALUES, Progress, quantize
 from qlm.recipe import FinetuneRecipe, Recipe, resolved_finetune
-from qlm.signals import Signals
-from qlm.training_job import Job, Place, base_quantizing_recipe
-from qlm.training_loop import TrainingLoop
-from qlm.training_plan import TrainingPlan, plan_job, refuse_if_too_large
-from qlm.training_report import training_report
+from qlm.training import loop as training_loop
+from qlm.training import state as training_state
+from qlm.training.job import Job, Process, base_quantizing_recipe
+from qlm.training.loop import TrainingLoop
+from qlm.training.plan import TrainingPlan, plan_job, refuse_if_too_large
+from qlm.training.report import training_report
+from qlm.training.signals import Signals
 
 CHECKPOINTS = "checkpoints"
 METRICS, REPORT = "metrics.jsonl", "report.html"
@@ -41,7 +44,7 @@ class FinetuneResult:
     """What was written.
 
     Attributes:
-        output: the folder of the adapter. base: folder or name of the model that it belongs to.
+        output: the folder of the adapter. base: folder or name of the model that it belongs to; revision: of that, on the hub.
         steps: of the whole run. resumed: steps that earlier, interrupted runs had done; all of them if the output was there already.
         training: facts of the manifest: trainable parameters, tokens, precision, optimizer, losses.
         metrics: the records of metrics.jsonl.
@@ -49,10 +52,41 @@ class FinetuneResult:
 
     output: Path
     base: str
+    revision: str | None
+    task: Task
     steps: int
     resumed: int
     training: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
+
+    def summary(self, seconds: float) -> dict[str, str]:
+        """What somebody wants to know first, in words; `training` and `metrics` have the rest. `seconds` are those of the call."""
+        training, before = self.training, f" ({self.resumed} of them were done before)" if self.resumed else ""
+        changes: dict[str, str] = {}
+        if training["loss"] is not None:
+            changes["loss"] = "{first:.4f} -> {last:.4f} (first and last step)".format(**training["loss"])
+        if training["validation"] is not None:
+            first, last = (training["validation"][when] for when in ("before", "after"))
+            for key, digits in (("validation_perplexity", 3), ("validation_accuracy", 4)):
+                if key in first:
+                    changes[key] = f"{first[key]:.{digits}f} -> {last[key]:.{digits}f}"
+        return {
+            "adapter": str(self.output),
+            "base": self.base,
+            "steps": f"{self.steps}{before}",
+            "trainable_parameters": f"{training['trainable_parameters']:,}",
+            "learned_from": f"{training['target_tokens']:,} {'tokens' if self.task == 'causal-lm' else 'labels'}",
+            **changes,
+            "seconds": f"{seconds:.1f}",
+        }
+
+    def next_commands(self) -> list[str]:
+        """Commands that somebody may want next, as they are typed into a shell."""
+        base, output, merged = map(shlex.quote, (self.base, str(self.output), f"{self.output}-merged"))
+        revision = "" if self.revision is None else f" --revision {shlex.quote(self.revision)}"
+        generate = f'qlm generate {base}{revision} --adapter {output} --prompt "..."'
+        merge = f"qlm merge {base}{revision} {output} --into float --output {merged}"
+        return [generate, merge] if self.task == "causal-lm" else [merge]
 
 
 def finetune(
@@ -69,42 +103,44 @@ def finetune(
         force: replace an output, or an unfinished one of another recipe, that is there already.
         device: where the model runs: "cpu", "cuda" or "cuda:N"; with several processes each takes its own GPU.
         progress: called with what is being done, how much of it is done, and how much there is.
-        planned: called with what the run is going to need, before it starts.
+        planned: called with what the run is going to need, before it starts; not when the output is there already.
     Raises:
         QlmError: one line. What cannot fit is refused before anything is made. Checkpoints stay in `<output>.partial/` for the next call.
         KeyboardInterrupt, or what the handler of SIGTERM raises: after the step in hand was finished and saved.
     """
     tell = progress or (lambda what, done, total: None)
     check_device(device)
-    place = Place.here(device)
+    process = Process.here(device)
     output = Path(recipe.output)
     if not (output / manifest.NAME).is_file():
         # Before the base is made, which may take long. Whether an output of ours is of the same run is known afterwards.
         check_output(output, force)
-    job = Job.open(recipe, place)
-    if place.is_main:
-        needs = plan_job(recipe, job, place)
+    job = Job.open(recipe, process)
+    is_there = not force and (output / manifest.NAME).is_file()
+    if process.is_main and not (is_there and _has_base(recipe)):
+        needs = plan_job(recipe, job, process)
         refuse_if_too_large(recipe, needs)
         if planned is not None:
             planned(needs)
-    place.wait()
-    base = _base(recipe, place, force, tell)
+    process.wait()
+    base = _base(recipe, process, force, tell)
     if base != recipe.model:
         job = job.on(base)
     tell("hash input", 0, 1)
-    identity = _identity(recipe, job, place)
+    files = manifest.input_facts(job.source.checkpoint.files())
+    identity = _identity(recipe, job, process, files)
     tell("hash input", 1, 1)
     if not force and manifest.is_made(output, identity):
-        if place.is_main:
+        if process.is_main:
             tidy(output)
         return _result(output, base, job.steps)
-    place.wait()
-    with PartialFolder(output, identity, force) if place.is_main else nullcontext() as partial:
+    process.wait()
+    with PartialFolder(output, identity, force) if process.is_main else nullcontext() as partial:
         if partial is not None:
             partial.state_folder(CHECKPOINTS)
-        place.wait()
+        process.wait()
         checkpoints = output.with_name(output.name + ".partial") / CHECKPOINTS
-        resumed, loop = _train(recipe, job, place, checkpoints, tell)
+        resumed, loop = _train(recipe, job, process, checkpoints, tell)
         tensors, config = adapters.files_of(loop.adapter_model(), base)
         if partial is not None:
             partial.write_tensors(WEIGHTS, tensors)
@@ -113,39 +149,50 @@ def finetune(
             training = _training_facts(job, loop)
             page = training_report(identity["recipe"], training, identity["versions"], loop.metrics)
             partial.write_bytes(REPORT, page.encode())
-            _write_manifest(partial, identity, job, training)
+            _write_manifest(partial, identity, job, training, files)
             partial.commit(partial.finished_names)
-    place.wait()
+    process.wait()
     return _result(output, base, resumed)
 
 
-def _base(recipe: FinetuneRecipe, place: Place, force: bool, tell: Progress) -> str:
+def _has_base(recipe: FinetuneRecipe) -> bool:
+    """Whether there is something to train on before this call makes it."""
+    return recipe.quantize is None or (Path(recipe.base_output) / manifest.NAME).is_file()
+
+
+def _base(recipe: FinetuneRecipe, process: Process, force: bool, tell: Progress) -> str:
     """The model that is trained on: as it is, or quantized into a folder of its own first, by one process."""
     quantizing = base_quantizing_recipe(recipe)
     if quantizing is None:
         return recipe.model
-    if place.is_main:
-        _quantize(quantizing, place, force, tell)
-    place.wait()
+    if process.is_main:
+        _quantize(quantizing, process, force, tell)
+    process.wait()
     return quantizing.output
 
 
-def _quantize(recipe: Recipe, place: Place, force: bool, tell: Progress) -> None:
+def _quantize(recipe: Recipe, process: Process, force: bool, tell: Progress) -> None:
     try:
-        quantize(recipe, device=str(place.device), progress=tell)
+        quantize(recipe, device=str(process.device), progress=tell)
     except (CannotCreate, UsageError, DataError):
         # One that is there and is another's, or damaged. --force is for starting over, not for doing the same again.
         if not force:
             raise
-        quantize(recipe, force=True, device=str(place.device), progress=tell)
+        quantize(recipe, force=True, device=str(process.device), progress=tell)
 
 
 # What changes no byte of the output: where it lies, how often a run is saved and what else is shown of it.
 _WITHOUT_EFFECT = ("save_every", "tensorboard")
 
 
-def _identity(recipe: FinetuneRecipe, job: Job, place: Place) -> dict[str, Any]:
-    """Everything that the output's bytes depend on. A resumed run must agree in all of it."""
+def _identity(
+    recipe: FinetuneRecipe, job: Job, process: Process, files: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Everything that the output's bytes depend on. A resumed run must agree in all of it.
+
+    Args:
+        files: {name: {"bytes", "sha256"}} of the base's files.
+    """
     plain = resolved_finetune(recipe)
     plain.pop("output")
     for key in _WITHOUT_EFFECT:
@@ -155,20 +202,18 @@ def _identity(recipe: FinetuneRecipe, job: Job, place: Place) -> dict[str, Any]:
     for section, key in (("train", "data"), ("train", "validation"), ("calibration", "data")):
         if plain.get(section) and isinstance(plain[section].get(key), str):
             plain[section][key] = Path(plain[section][key]).name
-    inputs = manifest.input_facts(job.source.checkpoint.files())
-    for key, facts in job.facts.items():
-        inputs[f"{key}: {facts['data']}"] = {"sha256": facts["sha256"]}
+    data = {f"train.{key}: {facts['data']}": {"sha256": facts["sha256"]} for key, facts in job.facts.items()}
     packages = ("qlm", "torch", "transformers", "tokenizers", "peft", "accelerate")
     where = {
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu",
         "precision": job.precision,
         "optimizer": job.optimizer,
-        "processes": str(place.processes),
+        "processes": str(process.count),
     }
     return {
         "recipe": plain,
-        "inputs": inputs,
+        "inputs": {**files, **data},
         "versions": {name: importlib.metadata.version(name) for name in packages} | where,
         "seed": recipe.train.seed,
         "threads": torch.get_num_threads(),
@@ -196,7 +241,13 @@ def _training_facts(job: Job, loop: TrainingLoop) -> dict[str, Any]:
     }
 
 
-def _write_manifest(partial: PartialFolder, identity: Mapping[str, Any], job: Job, training: Mapping[str, Any]) -> None:
+def _write_manifest(
+    partial: PartialFolder,
+    identity: Mapping[str, Any],
+    job: Job,
+    training: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+) -> None:
     written = manifest.build(
         **identity,
         qlm=importlib.metadata.version("qlm"),
@@ -205,51 +256,52 @@ def _write_manifest(partial: PartialFolder, identity: Mapping[str, Any], job: Jo
         bos=bos_rule(job.source.spec),
         config={key: value for key, value in job.source.config.to_dict().items() if key in KEY_CONFIG_VALUES},
         training=training,
-        # Names of the base's files hold no ": ", which those of the data do.
-        base=base_facts(job.base, job.revision, {k: v for k, v in identity["inputs"].items() if ": " not in k}),
+        base=base_facts(job.base, job.revision, files),
     )
     partial.write_json(manifest.NAME, written)
 
 
 def _result(output: Path, base: str, resumed: int) -> FinetuneResult:
-    training = manifest.read(output)["training"]
+    written = manifest.read(output)
+    recipe, training = written["recipe"], written["training"]
+    revision = recipe["revision"] if recipe["quantize"] is None else None
     metrics = [json.loads(line) for line in (output / METRICS).read_text("utf-8").splitlines()]
-    return FinetuneResult(output, base, training["steps"], resumed, training, metrics)
+    return FinetuneResult(output, base, revision, recipe["task"], training["steps"], resumed, training, metrics)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def _train(
-    recipe: FinetuneRecipe, job: Job, place: Place, checkpoints: Path, tell: Progress
+    recipe: FinetuneRecipe, job: Job, process: Process, checkpoints: Path, tell: Progress
 ) -> tuple[int, TrainingLoop]:
     """Steps that were done before, and the loop after the last one."""
-    state = training_state.load_newest(checkpoints) if place.is_main else None
-    place.wait()
-    if not place.is_main:
+    state = training_state.load_newest(checkpoints) if process.is_main else None
+    process.wait()
+    if not process.is_main:
         # The main process has removed or passed over what is damaged.
         state = training_state.load_newest(checkpoints)
-    model = _model(recipe, job, place)
-    arguments = training_loop.training_arguments(recipe.train, job, place, checkpoints)
+    model = _model(recipe, job, process)
+    arguments = training_loop.training_arguments(recipe.train, job, process, checkpoints)
     with Signals() as signals:
-        loop = training_loop.trainer_class()(model, arguments, job, place, checkpoints, tell, signals)
-        if recipe.train.tensorboard and place.is_main:
+        loop = training_loop.trainer_class()(model, arguments, job, process, checkpoints, tell, signals)
+        if recipe.train.tensorboard and process.is_main:
             loop.add_callback(training_loop.tensorboard(Path(recipe.output)))
         # Each process drops out other features.
-        torch.manual_seed(recipe.train.seed + place.rank)
+        torch.manual_seed(recipe.train.seed + process.rank)
         loop.run(state)
     signals.pass_on()
     return (0 if state is None else state.step), loop
 
 
-def _model(recipe: FinetuneRecipe, job: Job, place: Place) -> Any:
+def _model(recipe: FinetuneRecipe, job: Job, process: Process) -> Any:
     """The base with a fresh adapter, on this process's device."""
     torch.manual_seed(recipe.train.seed)
     model = load(
         job.base,
         revision=job.revision,
         task=job.task,
-        device=str(place.device),
+        device=str(process.device),
         # float16 is autocast's affair alone.
         dtype=torch.bfloat16 if job.precision == "bfloat16" else torch.float32,
         attn_implementation=recipe.attn_implementation,

@@ -9,7 +9,7 @@ that contradict each other, and logits that are NaN or infinite (a sampler would
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,10 @@ from qlm.engine.options import Options
 from qlm.engine.text import TextWriter
 from qlm.errors import DataError, UsageError
 from qlm.evaluate import evaluation_mode, text_ids
+from qlm.static_decoder import StaticDecoder, can_decode, decoding_with
+
+# New tokens from which on recording a step, which takes a few steps' time, is worth it.
+WORTH_RECORDING = 16
 
 
 def generate(
@@ -38,6 +42,7 @@ def generate(
     greedy: bool = False,
     stop: Sequence[str] = (),
     stream: Callable[[str], None] | None = None,
+    graphs: bool | None = None,
 ) -> list[str]:
     """The texts that the model writes after `prompt`, without the prompt, up to EOS or `max_new_tokens`.
 
@@ -58,6 +63,8 @@ def generate(
         stop: a text ends before the first of these that the model writes.
         stream: called with each piece of text as soon as its characters are complete; the pieces joined are the
             result. For one sequence only: several are made at the same time.
+        graphs: decode in steps of fixed shape, which a GPU runs as a recorded graph (static_decoder.py). None: on a GPU where the
+            attention is "sdpa" or "eager" and more than a few tokens are wanted.
 
     Raises UsageError for options, DataError for a tokenizer or logits that cannot be right.
     """
@@ -72,6 +79,9 @@ def generate(
 
     from transformers import GenerationConfig
 
+    device = model.get_input_embeddings().weight.device
+    if graphs is None:
+        graphs = device.type == "cuda" and max_new_tokens >= WORTH_RECORDING and can_decode(model)
     sampling: dict[str, Any] = {"temperature": float(temperature), "top_k": top_k or 0, "top_p": top_p or 1.0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -80,10 +90,15 @@ def generate(
         repetition_penalty=float(repetition_penalty),
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,  # fills rows that ended early; their writers take no more
+        use_cache=not graphs,  # the decoder's own is none of the loop's
         **({} if greedy else sampling),
     )
-    device = model.get_input_embeddings().weight.device
-    with evaluation_mode(model), _own_settings_aside(model), _seeded(seed, device):
+    with ExitStack() as inside:
+        for context in (evaluation_mode(model), _own_settings_aside(model), _seeded(seed, device)):
+            inside.enter_context(context)
+        if graphs:
+            decoder = StaticDecoder(model, num_return_sequences, len(ids) + max_new_tokens)
+            inside.enter_context(decoding_with(decoder))
         batch = torch.tensor([ids], device=device)
         model.generate(
             batch,

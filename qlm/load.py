@@ -5,7 +5,9 @@ a folder names. A model starts as a skeleton without memory (parameters on the m
 into it one at a time, so that loading never holds a checkpoint twice; `quantize` fills one block at a time the same way.
 """
 
-from collections.abc import Iterator, Mapping
+import bisect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -287,6 +289,50 @@ def check_device(device: str) -> None:
         raise UsageError(f"device: {device!r}; expected 'cpu', 'cuda' or 'cuda:N'")
 
 
+def available_gpus() -> dict[str, int]:
+    """Device to its free bytes. Raises Unavailable where there is none."""
+    count = torch.cuda.device_count()
+    if not count:
+        raise Unavailable("device: 'auto', but torch sees no CUDA GPU here; use 'cpu'")
+    return {f"cuda:{index}": int(torch.cuda.mem_get_info(index)[0]) for index in range(count)}
+
+
+def device_map(model: Any, source: Source, task: Task, devices: Mapping[str, int]) -> dict[str, str]:
+    """Path of each block, and of each module outside the blocks, to a device: blocks in their order, as many bytes of them on each device
+    as its share of `devices`' free bytes; what comes before them, and a tied head, on the first, what comes after on the last."""
+    blocks, names = block_paths(source.spec, model), list(devices)
+    stored = {name: source.checkpoint.tensors[source.file_names[name]].bytes for name in source.stored_names()}
+    sizes = [sum(size for name, size in stored.items() if name.startswith(f"{path}.")) for path in blocks]
+    ends = [end / sum(devices.values()) for end in itertools.accumulate(devices.values())]
+    found, before = {}, 0
+    for path, size in zip(blocks, sizes, strict=True):
+        # Where its middle lies along all blocks.
+        middle = (before + size / 2) / sum(sizes)
+        found[path] = names[bisect.bisect_left(ends[:-1], middle)]
+        before += size
+    tied = {name.rpartition(".")[0] for name in tied_names(source.spec, source.config, task)}
+    for name, module in model.named_modules():
+        own = any(True for _ in itertools.chain(module.parameters(False), module.buffers(False)))
+        if own and not name.startswith(tuple(f"{path}." for path in blocks)):
+            comes_before = isinstance(module, nn.Embedding) or name in tied or "project_in" in name or "rotary" in name
+            found[name] = names[0] if comes_before else names[-1]
+    return found
+
+
+def spread(model: Any, source: Source, where: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Fill each part of a skeleton on a device of its own; inputs follow. accelerate's `dispatch_model` would make new parameters of those
+    that lie where they should already, quantized and tied ones among them."""
+    from accelerate.utils import send_to_device
+
+    def follow(device: str) -> Callable[..., Any]:
+        return lambda module, args, kwargs: (send_to_device(args, device), send_to_device(kwargs, device))
+
+    for path, device in where.items():
+        fill(model, source, path, dtype=dtype, device=device)
+        model.get_submodule(path).register_forward_pre_hook(follow(device), with_kwargs=True)
+    model.hf_device_map = dict(where)
+
+
 def load(
     model: str | Path,
     *,
@@ -303,6 +349,7 @@ def load(
         model: a folder, a hub cache folder, or a hub id (`facebook/opt-125m`).
         task: "causal-lm", "sequence-classification", "token-classification", "question-answering" or "base", as far as the family
             has it.
+        device: "cpu", "cuda", "cuda:N", or "auto": all GPUs, the blocks in order, by what is free on each.
         dtype: what to compute in; None picks by device (`resolve_dtype`). Quantized weights stay as they are stored.
         attn_implementation: "eager", "sdpa" or "flash_attention_2".
         new_head: start a task's head anew where the checkpoint has none, from torch's seed; without it that is an error. Such
@@ -312,13 +359,18 @@ def load(
     Raises:
         QlmError: one line that names the file, the tensor or the field.
     """
+    devices = available_gpus() if device == "auto" else {}
+    device = next(iter(devices), device)
     check_device(device)
     check_attention(attn_implementation, device)
     source, loaded = open_source(
         model, revision=revision, task=task, attn_implementation=attn_implementation, new_head=new_head
     )
     compute = resolve_dtype(dtype, device, source.spec)
-    fill(loaded, source, dtype=compute, device=device)
+    if len(devices) > 1:
+        spread(loaded, source, device_map(loaded, source, task, devices), compute)
+    else:
+        fill(loaded, source, dtype=compute, device=device)
     tie_head(loaded, source, task)
     if new_head:
         for name, parameter in list(loaded.named_parameters()):

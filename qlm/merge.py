@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from qlm.adapters import apply_adapter, linear_shapes
-from qlm.arch import Task
+from qlm.arch import HEADS, Task
 from qlm.calibrate import Text, bos_rule, calibration_dtype, read_text, text_ids, window_length
 from qlm.checkpoint import manifest
-from qlm.checkpoint.adapter import HEADS, Adapter, Delta, read_adapter, refuse_other_base
+from qlm.checkpoint.adapter import Adapter, Delta, read_adapter, refuse_other_base
 from qlm.checkpoint.expected import published_name
 from qlm.checkpoint.files import PartialFolder, remove_tree, tidy
 from qlm.errors import DataError, QlmError, UsageError
@@ -169,6 +169,14 @@ class _Job:
         revision: str | None,
         attn_implementation: str,
     ) -> "_Job":
+        """Read the adapter and the base's headers, and hash the base's files.
+
+        Args:
+            settings: the `quantize` section of `merge`; the other arguments are those of the same names there.
+        Raises:
+            UsageError: arguments that do not fit together. DataError, MissingInput: a base or an adapter that is not whole, or does not
+                fit the other.
+        """
         section = _section(into, settings, calibration)
         adapter = read_adapter(adapter_folder)
         if evaluate_on is not None and adapter.task != "causal-lm":
@@ -183,17 +191,7 @@ class _Job:
         for folder in (source.checkpoint.folder, adapter.folder):
             if Path(output).resolve() in (folder.resolve(), *folder.resolve().parents):
                 raise UsageError(f"output: {output} holds {folder}, which is read; give a folder of its own")
-        # How many labels the head has is the adapter's to say.
-        head = HEADS.get(adapter.task)
-        shapes = (
-            {f"{head}.{name}": tuple(p.shape) for name, p in getattr(model, head).named_parameters()} if head else {}
-        )
-        free = (
-            {name: (-1, *shape[1:]) for name, shape in shapes.items()}
-            if adapter.task != "question-answering"
-            else shapes
-        )
-        adapter.check(linear_shapes(model, source.spec), free, source.spec.model_type)
+        adapter.check(linear_shapes(model, source.spec), _head_shapes(model, adapter.task), source.spec.model_type)
         return cls(
             name=Path(base).resolve().name if Path(base).is_dir() else str(base),
             source=source,
@@ -297,6 +295,17 @@ class _Job:
         assert isinstance(linear, nn.Linear)
         shape = (linear.out_features, linear.in_features)
         return backend.dequantize({s: self.source.read(f"{path}.{s}") for s in backend.layout(shape, how)}, shape, how)
+
+
+def _head_shapes(model: Any, task: Task) -> dict[str, tuple[int, ...]]:
+    """Name of each parameter of the task's head to its shape; how many labels it has is the adapter's to say, and -1 here."""
+    head = HEADS.get(task)
+    if head is None:
+        return {}
+    shapes = {f"{head}.{name}": tuple(p.shape) for name, p in getattr(model, head).named_parameters()}
+    if task == "question-answering":
+        return shapes
+    return {name: (-1, *shape[1:]) for name, shape in shapes.items()}
 
 
 def _section(

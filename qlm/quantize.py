@@ -133,6 +133,7 @@ def quantize(
         resumed = 0
         for index, path in enumerate(job.blocks):
             tell("quantize", index, len(job.blocks))
+            job.read_ahead(index + 1)
             shard = job.shards[index + 1]
             if partial.finished(shard):
                 resumed += 1
@@ -207,6 +208,12 @@ class _Job:
             if by_budget
             else None,
         )
+
+    def read_ahead(self, index: int) -> None:
+        """Have the disk at work on a block's tensors while the one before it is computed; no index too high."""
+        within = tuple(f"{path}." for path in self.blocks[index : index + 1])
+        names = (self.source.file_names[name] for name in self.source.stored_names() if name.startswith(within))
+        self.source.checkpoint.read_ahead(names)
 
     def outside_blocks(self) -> list[str]:
         """Names in memory of the tensors that belong to no block and that the files hold."""

@@ -145,4 +145,7 @@ def run_recipe(
         backend += (
             f" {section.bits}-bit" if result.choice is None else f" mixed {result.choice['average_bits']:.2f}-bit"
         )
+    # What is meant without a word need not be said.
+    if section.backend != "quanto" and section.quality != ("balanced" if section.backend == "gptq" else "fast"):
+        backend += f", {section.quality}"
     return Row(name, Path(recipe.model).name, backend, result, evaluation, quantize_seconds, seconds, peak)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import qlm
 from qlm.adapters import apply_adapter, attach, files_of, linear_shapes
 from qlm.arch import FAMILIES as SPECS
-from qlm.arch import FamilySpec
+from qlm.arch import HEADS, FamilySpec
 from qlm.backends import BACKENDS
 from qlm.backends.gptq import GptqLinear
 from qlm.backends.int8 import Int8Linear
-from qlm.checkpoint.adapter import CONFIG, HEADS, WEIGHTS, base_facts, read_adapter
+from qlm.checkpoint.adapter import CONFIG, WEIGHTS, base_facts, read_adapter
 from qlm.errors import DataError, MissingInput, QlmError, UsageError
 from qlm.formats.int8 import Int8Format
 from qlm.kernels.ops import float_activations
@@ -469,11 +469,24 @@ class TestHeads:
         ours = apply_adapter(qlm.load(quantized(variant, kind), task=task, new_head=True), folder)
         ours.config.pad_token_id = 1
         assert torch.equal(logits(ours), logits(model))
-        if kind == "float":
-            base = plain(folder_of(variant), task)
-            base.config.pad_token_id = 1
-            theirs = peft.PeftModel.from_pretrained(base, folder)
-            assert difference(logits(ours), logits(theirs)) < LOGITS_TOLERANCE
+        base = plain(quantized(variant, kind), task)
+        base.config.pad_token_id = 1
+        theirs = peft.PeftModel.from_pretrained(base, folder)
+        assert difference(logits(ours), logits(theirs)) < LOGITS_TOLERANCE
+
+    def test_plain_transformers_reads_one_in_an_nf4_folder(
+        self, variant: str, task: Any, folder_of: Folder, text_file: Path, tmp_path: Path
+    ) -> None:
+        """Of a model with a head of its own, quantized for that task."""
+        kind = getattr(transformers, SPECS[model_type(variant)].model_classes[task])
+        config = tiny_models.VARIANTS[variant]().config
+        config.pad_token_id = 1
+        tiny_models.randomized(kind(config), torch.float16).save_pretrained(tmp_path / "float")
+        (tmp_path / "float" / "tokenizer.json").write_bytes((folder_of(variant) / "tokenizer.json").read_bytes())
+        text = recipe_text(tmp_path / "float", tmp_path / "nf4", "nf4", text_file, extra=f"task: {task}\n")
+        qlm.quantize(parse_recipe(text, "r.yaml"))
+        ours = qlm.load(tmp_path / "nf4", task=task)
+        assert difference(logits(ours), logits(plain(tmp_path / "nf4", task))) < LOGITS_TOLERANCE
 
     def test_belong_to_their_task(self, variant: str, task: Any, folder_of: Folder, tmp_path: Path) -> None:
         folder = write(with_adapter(folder_of(variant), task), tmp_path / "adapter")

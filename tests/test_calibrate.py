@@ -13,7 +13,7 @@ import qlm
 from qlm.arch import FAMILIES as SPECS
 from qlm.calibrate import Text, calibration_windows, read_text, text_ids, window_length
 from qlm.errors import DataError, MissingInput, UsageError
-from qlm.recipe import CalibrationRecipe
+from qlm.recipe import CalibrationRecipe, DataSource, EvaluateRecipe
 
 Folder = Callable[..., Path]
 # fp32 sums against float64 ones.
@@ -64,6 +64,25 @@ class TestReading:
         path.write_text(f'{{"text": "fine"}}\n{line}\n')
         with pytest.raises(DataError, match=rf"a\.jsonl:{number}: expected a JSON object with a string 'text'"):
             read_text(source(path))
+
+    def test_prompts_and_completions(self, tmp_path: Path) -> None:
+        """What qlm finetune takes: joined to calibrate with, refused where every token of it would be measured."""
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": "one"}\n{"prompt": "two ", "completion": "three"}\n')
+        assert read_text(CalibrationRecipe(data=str(path))).documents == ("one", "two three")
+        for measured in (DataSource(data=str(path)), EvaluateRecipe(data=str(path))):
+            with pytest.raises(
+                DataError, match=r"a\.jsonl:2: found 'prompt' and 'completion', .*'text'.* train\.validation$"
+            ):
+                read_text(measured)
+        for damaged in (
+            '{"prompt": "two "}',
+            '{"prompt": ["a"], "completion": ["b"]}',
+            '{"prompt": 1, "completion": "b"}',
+        ):
+            path.write_text(damaged)
+            with pytest.raises(DataError, match=r"a\.jsonl:1: expected a JSON object with a string 'text'"):
+                read_text(CalibrationRecipe(data=str(path)))
 
     @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
     @pytest.mark.parametrize("content", ["", " \n\t\n"], ids=["empty", "blank"])

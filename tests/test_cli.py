@@ -251,33 +251,48 @@ class TestFinetune:
         output = tmp_path / "adapter"
         text = (adapter.parent / "recipe.yaml").read_text().replace(str(adapter), str(output))
         (tmp_path / "recipe.yaml").write_text(text)
-        code, out, _ = cli("finetune", tmp_path / "recipe.yaml", "--quiet", "--json", tmp_path / "facts.json")
+        code, out, err = cli("finetune", tmp_path / "recipe.yaml", "--json", tmp_path / "facts.json")
         assert code == 0
         facts = json.loads((tmp_path / "facts.json").read_text())
         assert (facts["adapter"], facts["base"]) == (str(output), str(folder_of("opt")))
         assert (facts["steps"], facts["resumed_steps"]) == (2, 0)
-        assert re.search(rf"^trainable parameters +{facts['trainable_parameters']} *$", out, re.MULTILINE)
+        shown = {name.strip(): value.strip() for name, value in re.findall(r"^(.{1,22}?) {2,}(.*)$", out, re.MULTILINE)}
+        assert len(out.splitlines()) == 8
+        assert shown["trainable parameters"] == f"{facts['trainable_parameters']:,}"
+        assert shown["steps"] == "2"
+        before, after = (facts["validation"][when]["validation_perplexity"] for when in ("before", "after"))
+        assert shown["validation perplexity"] == f"{before:.3f} -> {after:.3f}"
+        # What it says to do next are commands as they stand.
+        for line, verb in zip(err.splitlines()[-2:], ("generate", "merge"), strict=True):
+            next_, qlm_, *rest = shlex.split(line)
+            assert (next_, qlm_, rest[0]) == ("next:", "qlm", verb)
+            # The model has 64 positions.
+            assert cli(*rest, *(("--max-new-tokens", 4) if verb == "generate" else ()))[::2] == (0, "")
         assert json.loads(cli("finetune", tmp_path / "recipe.yaml", "--json", "-")[1]) == {**facts, "resumed_steps": 2}
         tensors = "adapter_model.safetensors"
         assert files_of(output)[tensors] == files_of(adapter)[tensors]
 
-    def test_plan(self, cli: Cli, adapter: Path) -> None:
+    def test_plan(self, cli: Cli, adapter: Path, tmp_path: Path) -> None:
         code, out, _ = cli("plan", adapter.parent / "recipe.yaml", "--json", "-")
         facts = json.loads(out)
         assert code == 0
         assert facts["memory"] > facts["base_memory"] + facts["adapter_memory"] + facts["activation_memory"]
         # Before it starts the run says the same.
-        _, _, err = cli("finetune", adapter.parent / "recipe.yaml")
-        assert (
-            f"{facts['steps']} steps of at most {facts['tokens_per_step']} tokens, {facts['trainable']} parameters"
-            in err
+        (tmp_path / "r.yaml").write_text(
+            (adapter.parent / "recipe.yaml").read_text().replace(str(adapter), str(tmp_path / "a"))
         )
+        _, _, err = cli("finetune", tmp_path / "r.yaml")
+        words = f"{facts['steps']} steps of at most {facts['tokens_per_step']} tokens, {facts['trainable']} parameters"
+        assert f"r: {words}" in err.splitlines()[0]
 
     def test_again_takes_what_is_there(self, cli: Cli, adapter: Path) -> None:
         before = files_of(adapter)
-        code, out, err = cli("finetune", adapter.parent / "recipe.yaml", "--quiet")
-        assert (code, err) == (0, "")
-        assert re.search(r"^resumed steps +2 *$", out, re.MULTILINE)
+        code, out, err = cli("finetune", adapter.parent / "recipe.yaml")
+        # Nothing of what it would need.
+        assert (code, err.splitlines()[0]) == (0, f"recipe: {adapter} was there already")
+        assert "needs about" not in err
+        assert re.search(r"^steps +2 \(2 of them were done before\) *$", out, re.MULTILINE)
+        assert cli("finetune", adapter.parent / "recipe.yaml", "--quiet")[2] == ""
         assert files_of(adapter) == before
 
     def test_refused(self, cli: Cli, recipe_file: RecipeFile, folder_of: Folder, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from tokenizers import Tokenizer, models, processors
 import qlm
 from qlm.arch import FAMILIES as SPECS
 from qlm.errors import DataError, MissingInput, Unavailable, UsageError
+from qlm.load import block_paths, device_map, tied_names
+from qlm.recipe import parse_recipe
 from tests import tiny_models
-from tests.conftest import FAMILIES, ROOT, SPECIALS, change_json
+from tests.conftest import BACKENDS, FAMILIES, ROOT, SPECIALS, change_json, recipe_text
 
 Folder = Callable[..., Path]
 TASKS = [(variant, task) for variant, spec in zip(FAMILIES, SPECS.values(), strict=True) for task in spec.model_classes]
@@ -436,3 +440,77 @@ def test_never_holds_the_checkpoint_twice(tmp_path: Path, folder_of: Folder) -> 
     assert size > 150e6
     print(f"loading {size / 1e6:.0f} MB of parameters took {grown / 1e6:.0f} MB")
     assert grown < size + 2 * 4 * largest + 10e6
+
+
+class TestSeveralDevices:
+    """No machine of the tests has two GPUs: two names of the CPU stand for them, and what moves is counted."""
+
+    def fake(self, monkeypatch: pytest.MonkeyPatch, **free: int) -> list[str]:
+        import accelerate.utils
+
+        moved: list[str] = []
+        true = accelerate.utils.send_to_device
+
+        def send(what: Any, device: str, **more: Any) -> Any:
+            moved.append(device)
+            return true(what, device, **more)
+
+        monkeypatch.setattr(accelerate.utils, "send_to_device", send)
+        monkeypatch.setattr(
+            sys.modules["qlm.load"], "available_gpus", lambda: {name.replace("_", ":"): n for name, n in free.items()}
+        )
+        return moved
+
+    @pytest.mark.parametrize("backend", ["float", *BACKENDS])
+    @pytest.mark.parametrize("variant", [*FAMILIES, "opt-350m"])
+    def test_same_logits(
+        self, variant: str, backend: str, folder_of: Callable[[str], Path], text_file: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        folder = folder_of(variant)
+        if backend != "float":
+            recipe = parse_recipe(recipe_text(folder, tmp_path / "out", backend, text_file), "r.yaml")
+            folder = qlm.quantize(recipe).output
+        ids = tiny_models.token_ids()
+        wanted = qlm.load(folder, dtype=torch.float32)(ids).logits
+        moved = self.fake(monkeypatch, cpu=1, cpu_0=1)
+        model = qlm.load(folder, dtype=torch.float32, device="auto")
+        assert torch.equal(model(ids).logits, wanted)
+        # Before each part, arguments and keywords.
+        assert len(moved) >= 2 * len(block_paths(SPECS[model.config.model_type], model))
+        assert set(moved) == {"cpu", "cpu:0"} == set(model.hf_device_map.values())
+        head = model.get_output_embeddings()
+        tied = head.weight is model.get_input_embeddings().weight
+        assert tied == bool(tied_names(SPECS[model.config.model_type], model.config, "causal-lm"))
+        found = model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
+        assert found.shape[1] == 7
+
+    @pytest.mark.parametrize(("first", "blocks"), [(1, 6), (3, 9), (0, 0), (99999, 12)])
+    def test_shares(self, first: int, blocks: int) -> None:
+        """Twelve blocks alike, by what is free: half of them, three quarters, none, all."""
+        config = transformers.OPTConfig(
+            hidden_size=16,
+            ffn_dim=32,
+            num_attention_heads=2,
+            num_hidden_layers=12,
+            vocab_size=50,
+            word_embed_proj_dim=16,
+        )
+        model = transformers.OPTForCausalLM(config)
+        tensors = {name: SimpleNamespace(bytes=p.nbytes) for name, p in model.named_parameters()}
+        source: Any = SimpleNamespace(
+            spec=SPECS["opt"], config=config, stored_names=lambda: list(tensors), file_names={name: name for name in tensors},
+            checkpoint=SimpleNamespace(tensors=tensors),
+        )  # fmt: skip
+        found = device_map(model, source, "causal-lm", {"a": first, "b": 1})
+        order = [found[path] for path in block_paths(SPECS["opt"], model)]
+        assert order == ["a"] * blocks + ["b"] * (12 - blocks)
+        decoder = "model.decoder"
+        assert {found[f"{decoder}.embed_tokens"], found[f"{decoder}.embed_positions"], found["lm_head"]} == {"a"}
+        assert found[f"{decoder}.final_layer_norm"] == "b"
+        parts = tuple(f"{path}." for path in found)
+        assert all(name.startswith(parts) for name, _ in model.named_parameters())
+
+    def test_no_gpu(self, folder_of: Callable[[str], Path]) -> None:
+        with pytest.raises(Unavailable, match="no CUDA GPU"):
+            qlm.load(folder_of("opt"), device="auto")

@@ -213,7 +213,7 @@ def test_command_line(
     code, out, err = cli("quantize", path, "--json", tmp_path / "report.json")
     assert code == 0, err
     report = json.loads((tmp_path / "report.json").read_text())[0]
-    assert re.search(r"gptq mixed 3\.\d\d-bit +3\.\d{3} ", out)
+    assert re.search(r"gptq mixed 3\.\d\d-bit, fast +3\.\d{3} ", out)
     assert f"12 linears -> {tmp_path / 'out'}, their bits in {tmp_path / 'out' / 'bits.svg'}" in err.replace("\n", "")
     assert report["choice"]["bytes"] <= report["choice"]["budget_bytes"]
     assert report["choice"]["predicted_kl"] > 0

@@ -20,6 +20,7 @@ from qlm.arch import FAMILIES as SPECS
 from qlm.arch import FamilySpec
 from qlm.calibrate import calibration_windows, read_text
 from qlm.checkpoint import manifest
+from qlm.checkpoint.reader import Checkpoint
 from qlm.errors import CannotCreate, DataError, UsageError
 from qlm.quantize import QuantizeResult
 from qlm.recipe import Recipe, parse_recipe
@@ -390,7 +391,10 @@ class TestExistingOutput:
     ) -> None:
         before = files_of(made.output)
         other = recipe(folder_of("opt"), made.output, "nf4")
-        with pytest.raises(CannotCreate, match=r"out: exists already; give another output, or --force"):
+        with pytest.raises(
+            CannotCreate,
+            match=r"out: exists already with another recipe\.quantize\.\w+: it has .*, now .*; give another output, or --force",
+        ):
             qlm.quantize(other)
         assert files_of(made.output) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -546,3 +550,26 @@ def test_peak_memory_does_not_grow_with_depth(
         f"{backend}: peak {shallow / 1e6:.0f} MB with 4 blocks, {deep / 1e6:.0f} MB with 24, {start / 1e6:.0f} before"
     )
     assert deep - start < 1.1 * (shallow - start)
+
+
+def test_the_next_block_is_on_its_way_before_one_is_quantized(
+    folder_of: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    ahead = Checkpoint.read_ahead
+
+    def read_ahead(self: Checkpoint, names: Any) -> None:
+        asked = sorted(names)
+        order.append(" ".join(sorted({name.split(".")[3] for name in asked})))
+        ahead(self, asked)
+
+    def told(what: str, done: int, total: int) -> None:
+        if what == "quantize":
+            order.append(f"quantize {done}")
+
+    monkeypatch.setattr(Checkpoint, "read_ahead", read_ahead)
+    recipe = parse_recipe(recipe_text(folder_of("opt"), tmp_path / "out", "gptq", text_file), "r.yaml")
+    qlm.quantize(recipe, progress=told)
+    assert order[:3] == ["quantize 0", "1", "quantize 1"]
+    # After the last block there is nothing more to ask for.
+    assert order[-2:] == ["", "quantize 2"]

@@ -84,3 +84,22 @@ def test_peak_memory_can_be_reset() -> None:
     assert after <= peak
     if Path("/proc/self/clear_refs").exists():
         assert after < peak - 100e6
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "said"),
+    [
+        ("gptq", {}, "gptq 4-bit"),
+        ("gptq", {"quality": "balanced"}, "gptq 4-bit"),
+        ("gptq", {"quality": "fast", "bits": 3}, "gptq 3-bit, fast"),
+        ("int8", {}, "int8"),
+        ("nf4", {"quality": "fast"}, "nf4"),
+        ("nf4", {"quality": "balanced"}, "nf4, balanced"),
+        ("quanto", {}, "quanto"),
+    ],
+)
+def test_the_row_names_a_quality_other_than_the_usual(
+    backend: str, settings: dict[str, Any], said: str, folder_of: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(recipe_text(folder_of("opt"), tmp_path / "out", backend, text_file, **settings), "r.yaml")
+    assert run_recipe("r", recipe).backend == said

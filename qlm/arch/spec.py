@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Task = Literal["causal-lm", "sequence-classification", "token-classification", "question-answering", "base"]
+# Of the tasks that have a head of their own beside the language model's: its module, directly in the model.
+HEADS: dict[Task, str] = {
+    "sequence-classification": "score",
+    "token-classification": "classifier",
+    "question-answering": "qa_outputs",
+}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlm.arch import Task
+from qlm.arch import HEADS, Task
 from qlm.checkpoint import manifest, strict_json
 from qlm.checkpoint.folder import ModelFolder, read_into
 from qlm.checkpoint.reader import Checkpoint, read_header
@@ -25,12 +25,6 @@ from qlm.formats.dtypes import FLOATS, NUMPY_DTYPES, to_float32
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What PEFT puts before the path of a module in the model.
 PREFIX = "base_model.model."
-# A task's head: the module of that name, directly in the model.
-HEADS: dict[Task, str] = {
-    "sequence-classification": "score",
-    "token-classification": "classifier",
-    "question-answering": "qa_outputs",
-}
 TASK_TYPES: dict[Task, str] = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",

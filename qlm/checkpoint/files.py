@@ -3,10 +3,11 @@
 A file is written under a temporary name in the same folder, synced, renamed into place, and its folder synced. A folder
 is built in `<output>.partial/`:
 
-    identity.json   what is being made: recipe, inputs, versions. A run with another identity does not continue this
-    folder. progress.json   size, SHA-256 and facts of every finished file lock            held (flock) while a process
-    writes here; a lock left by a killed process is no obstacle files/          the output itself; `commit` renames it
-    to <output>, which makes all of it visible at once old/            the previous output, while `commit` replaces it
+    identity.json   what is being made: recipe, inputs, versions. A run with another identity does not continue this folder
+    progress.json   size, SHA-256 and facts of every finished file
+    lock            held (flock) while a process writes here; a lock left by a killed process is no obstacle
+    files/          the output itself; `commit` renames it to <output>, which makes all of it visible at once
+    old/            the previous output, while `commit` replaces it
 
 The state lies beside `files/` and not in it, so that one rename separates "unfinished" from "finished": at every moment
 the output is absent, the old one, or the new one complete. After a kill the same command finds what is finished by its
@@ -287,12 +288,18 @@ def _target(path: str | Path) -> tuple[Path, Path | None]:
     return target, target.with_name(f".{target.name}.qlm{TEMPORARY}")
 
 
-def check_output(output: Path, force: bool) -> bool:
-    """Whether there is an output to replace. Raises CannotCreate for one that may not be replaced."""
+def check_output(output: Path, force: bool, identity: Mapping[str, Any] | None = None) -> bool:
+    """Whether there is an output to replace. Raises CannotCreate for one that may not be replaced.
+
+    Args:
+        identity: what is to be made, as `PartialFolder` takes it: an output of qlm that was made from something else is told apart by
+            the first part that differs.
+    """
     if not os.path.lexists(output):
         return False
     if not force:
-        raise CannotCreate(f"{output}: exists already; give another output, or --force to replace it")
+        difference = "" if identity is None else _difference(_made_from(output, identity), identity)
+        raise CannotCreate(f"{output}: exists already{difference}; give another output, or --force to replace it")
     is_folder = output.is_dir() and not output.is_symlink()
     if not is_folder or ((names := _names(output)) and MARKER not in names):
         raise CannotCreate(
@@ -313,8 +320,9 @@ class PartialFolder:
         force: start over, whatever a former run left, and let `commit` replace an existing output.
 
     Raises on entering:
-        CannotCreate: the output exists, another process writes it, or its place cannot be written.
-        UsageError: a former run with another identity is unfinished; names the first field that differs.
+        CannotCreate: the output exists (if it is one of qlm's, the first part of its identity that differs is named), another process
+            writes it, or its place cannot be written.
+        UsageError: a former run with another identity is unfinished; names the first part that differs.
     """
 
     def __init__(self, output: str | Path, identity: Mapping[str, Any], force: bool = False) -> None:
@@ -494,7 +502,7 @@ class PartialFolder:
         elif identity is not None and not self.force and not self._files.exists() and os.path.lexists(self.output):
             # A former run was stopped after its output had appeared; all that is left to do is to tidy up.
             self._fresh = True
-        check_output(self.output, self.force)
+        check_output(self.output, self.force, self._identity)
         if identity is not None and self.force:
             self._remove_partial(keep_lock=True)
             self._fresh, identity = True, None
@@ -509,11 +517,9 @@ class PartialFolder:
 
     def _check_identity(self, text: bytes) -> None:
         former = strict_json.load_object(text, str(self.partial / "identity.json"))
-        difference = _first_difference(former, self._identity)
-        if difference:
+        if difference := _difference(former, self._identity):
             raise UsageError(
-                f"{self.partial}: an unfinished run with another {difference}; run what it was started with, or give "
-                "--force to start over"
+                f"{self.partial}: an unfinished run{difference}; run what it was started with, or give --force to start over"
             )
 
     def _read_progress(self) -> None:
@@ -624,6 +630,41 @@ def _plain(name: str) -> str:
     if not is_plain_name(name) or name.endswith(TEMPORARY):
         raise ValueError(f"{name!r} cannot be the name of a file of an output")
     return name
+
+
+def _made_from(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an output of qlm was made from, by its manifest; `identity` itself where no manifest says."""
+    with suppress(QlmError):
+        text = None if output.is_symlink() or not output.is_dir() else _read(output / MARKER)
+        if text is not None:
+            written = strict_json.load_object(text, str(output / MARKER))
+            return {key: written[key] for key in identity if key in written}
+    return dict(identity)
+
+
+def _difference(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first part in which two identities differ, in words that go on from what is known of the former one; empty where none does.
+    The recipe goes first: that it names another file says more than that the file is another.
+    """
+    for key in sorted(former.keys() | now.keys(), key=lambda key: (key != "recipe", key)):
+        if key == "inputs" and (changed := _changed_file(former.get(key), now.get(key))):
+            return f", and {changed}"
+        before, after = ({key: each[key]} if key in each else {} for each in (former, now))
+        if difference := _first_difference(before, after):
+            return f" with another {difference}"
+    return ""
+
+
+def _changed_file(former: Any, now: Any) -> str | None:
+    """The first input that both have with other bytes, in words; None where there is none."""
+    if not isinstance(former, dict) or not isinstance(now, dict):
+        return None
+    for name in sorted(former.keys() & now.keys()):
+        facts = former[name], now[name]
+        if all(isinstance(each, dict) and "sha256" in each for each in facts) and facts[0] != facts[1]:
+            then, there = (f"{each['sha256'][:12]}…" for each in facts)
+            return f"{name} has changed since (SHA-256 {then} then, {there} now)"
+    return None
 
 
 def _first_difference(former: Any, now: Any, key: str = "") -> str | None:

@@ -16,7 +16,7 @@ Nothing here imports torch, except that `read` does when it makes its first tens
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -173,6 +173,13 @@ class Checkpoint:
         if count:
             self._fill(name, tensor.reshape(-1).view(torch.uint8).numpy())
         return tensor if info.stride is None else tensor.as_strided(info.shape, info.stride).contiguous()
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system begin to read these tensors from the disk while something else is done; returns at once. They take memory of
+        the system's cache only, which is there to be taken back."""
+        for info in (self.tensors[name] for name in names):
+            with self._folder.open(info.file.name) as descriptor:
+                os.posix_fadvise(descriptor, info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
 
     def map(self, name: str) -> MappedTensor:
         """The tensor where it lies in its file, which is mapped as a whole once and stays so as long as the checkpoint

@@ -36,6 +36,10 @@ def loads(data: bytes, source: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
         raise DataError(f"{source}: nested too deeply for a JSON text of a checkpoint") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        # `source` may name a line of a file already, and then there is one line here.
+        where = f"line {error.lineno} column {error.colno}" if b"\n" in data.strip() else f"column {error.colno}"
+        raise DataError(f"{source}: not valid JSON: {error.msg}: {where}") from None
     except ValueError as error:
         raise DataError(f"{source}: not valid JSON: {error}") from None
 

@@ -122,7 +122,10 @@ class TrainRecipe(DataSource):
     learning_rate: float = Field(2e-4, gt=0, le=1, description="At its highest, after the warm-up.")
     schedule: Schedule = Field("cosine", description="How the learning rate falls after the warm-up.")
     warmup: float = Field(
-        0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises from zero."
+        0.03,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the learning rate rises from zero. The first of them has zero itself, as in all of transformers' schedules, and changes nothing.",
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Of AdamW.")
     max_gradient_norm: float = Field(

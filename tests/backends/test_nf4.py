@@ -294,7 +294,11 @@ def test_describe_and_read(double_quant: bool) -> None:
     config = backend.describe(scheme, [LINEARS[2], "lm_head"], torch.float16).quantization_config
     assert config is not None
     assert backend_of(config) is BACKENDS["nf4"]
+    assert config["llm_int8_skip_modules"] == [LINEARS[2], "lm_head", "score", "classifier", "qa_outputs"]
     assert backend.read(config, LINEARS, torch.float16) == scheme
+    # As qlm wrote it before it named the heads of tasks.
+    former = {**config, "llm_int8_skip_modules": [LINEARS[2], "lm_head"]}
+    assert backend.read(former, LINEARS, torch.float16) == scheme
     from transformers import BitsAndBytesConfig
 
     read = BitsAndBytesConfig.from_dict(json.loads(json.dumps(config)))

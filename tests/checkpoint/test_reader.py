@@ -494,3 +494,19 @@ def test_ignored_names_may_be_there(tmp_path, tensors):
     check_tensors(checkpoint, expected_of(tensors), [r"gpt_neox\.layers\.\d+\.attention\.bias"])
     with pytest.raises(DataError, match="not expected"):
         check_tensors(checkpoint, expected_of(tensors), [r"layers\.\d+\.attention"], prefix="gpt_neox")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_read_ahead_asks_for_the_bytes_of_each_tensor(tmp_path, tensors, layout, monkeypatch):
+    write_layout(tmp_path / "m", tensors, layout)
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    asked = []
+
+    def advise(descriptor, offset, size, how):
+        assert how == os.POSIX_FADV_WILLNEED
+        asked.append(os.pread(descriptor, size, offset))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    names = ["a.weight", "c.bf16", "d.packed"]
+    checkpoint.read_ahead(names)
+    assert asked == [tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in names]

@@ -16,7 +16,7 @@ from evals import make_tasks
 from qlm.arch import FAMILIES
 from qlm.load import load_tokenizer
 from qlm.recipe import DataSource, FinetuneRecipe, load_finetune_recipe
-from qlm.training_data import read_samples
+from qlm.training.data import read_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "qlora" / "tasks"

@@ -10,7 +10,7 @@ from qlm.adapters import apply_adapter
 from qlm.checkpoint.adapter import read_adapter
 from qlm.finetune import finetune
 from qlm.load import load
-from tests.finetune.runs import SAME_SUMS, STEADY, jsonl, recipe_of
+from tests.training.runs import SAME_SUMS, STEADY, jsonl, recipe_of
 
 
 def test_a_new_head_for_three_labels(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlm.line_chart import STYLE, Line, line_chart
+from qlm.training.line_chart import STYLE, Line, line_chart
 
 # The smoothed line averages over about this share of the run, and over so many steps at least.
 SMOOTHED_SHARE, SMOOTHED_STEPS = 0.04, 3

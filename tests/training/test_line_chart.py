@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qlm.line_chart import MOST_POINTS, STYLE, WIDTH, Line, line_chart
+from qlm.training.line_chart import MOST_POINTS, STYLE, WIDTH, Line, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 HEIGHT = 300

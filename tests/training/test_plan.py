@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from qlm import training_plan
 from qlm.errors import CannotCreate, DataError, MissingInput, Unavailable, UsageError
 from qlm.finetune import finetune
 from qlm.recipe import FinetuneRecipe
-from qlm.training_plan import TrainingPlan, plan_training, refuse_if_too_large
+from qlm.training import plan as training_plan
+from qlm.training.plan import TrainingPlan, plan_training, refuse_if_too_large
 from tests.conftest import FAMILIES, ROOT
 
 Folder = Callable[[str], Path]
@@ -72,6 +72,21 @@ def test_what_makes_it_larger(recipe: Callable[..., FinetuneRecipe]) -> None:
     assert needs(steps=6).seconds == pytest.approx(2 * plain.seconds, rel=0.1)
     wide = plan_training(recipe(top={"adapter": {"r": 8}}))
     assert (wide.trainable, wide.adapter_memory) == (2 * plain.trainable, 2 * plain.adapter_memory)
+
+
+def test_time_is_that_of_the_rows_as_they_are_padded(recipe: Callable[..., FinetuneRecipe], tmp_path: Path) -> None:
+    """Rows of one length, far below max_length, and one among them that is longer."""
+
+    def seconds(*words: int) -> float:
+        lines = tmp_path / "lines.jsonl"
+        lines.write_text("".join(json.dumps({"text": "a " * count}) + "\n" for count in words))
+        train = {"data": str(lines), "packing": False, "epochs": 1, "steps": None, "max_length": 64, "batch_size": 4}
+        return plan_training(recipe(gradient_accumulation=1, **train)).seconds - training_plan.START_SECONDS
+
+    short = seconds(*[5] * 16)
+    assert seconds(*[5] * 8) == pytest.approx(short / 2, rel=0.02)
+    # BOS, a token for each word and one for the last space, EOS: 8 in a row, and 23 in all four of the batch with the longer one.
+    assert seconds(*[5] * 15, 20) == pytest.approx((3 * 8 + 23) / (4 * 8) * short, rel=0.02)
 
 
 def test_a_quantized_base_is_smaller_and_is_made_first(recipe: Callable[..., FinetuneRecipe]) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from qlm import watchdog
 from qlm.errors import DataError
 from qlm.finetune import finetune
 from qlm.recipe import FinetuneRecipe
-from qlm.training_loop import TrainingLoop
+from qlm.training import watchdog
+from qlm.training.loop import TrainingLoop
 from tests.conftest import files_of
-from tests.finetune.runs import checkpoint_hashes, poison, recipe_of, stop_at
+from tests.training.runs import checkpoint_hashes, poison, recipe_of, stop_at
 
 Inject = Callable[[Any], None]
 
@@ -57,6 +57,12 @@ def gradient(name: str, factor: float) -> tuple[Inject, str]:
         parameter_of(trainer, name).register_hook(spoil)
 
     return inject, f"the gradient's norm is {factor}: .*{re.escape(name)} "
+
+
+def overflow(name: str) -> tuple[Inject, str]:
+    """Every gradient is finite, and their norm is not."""
+    inject, _ = gradient(name, 3e38)
+    return inject, rf"the gradient's norm is inf: .*{re.escape(name)} has the largest, 3e\+38;"
 
 
 def loss(factor: float) -> tuple[Inject, str]:
@@ -100,6 +106,7 @@ PLACES = {
     "gradient-0-fc1-a": gradient(f"layers.0.fc1.{A}", math.inf),
     "gradient-1-q-b": gradient(f"layers.1.self_attn.q_proj.{B}", math.inf),
     "gradient-1-fc2-b": gradient(f"layers.1.fc2.{B}", math.nan),
+    "gradient-0-v-b": overflow(f"layers.0.self_attn.v_proj.{B}"),
     "loss-nan": loss(math.nan),
     "loss-inf": loss(math.inf),
     "first-0-v-a": moment(f"layers.0.self_attn.v_proj.{A}", "exp_avg"),

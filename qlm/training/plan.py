@@ -6,6 +6,7 @@ linear, which LoRA's A multiplies in float32, and its output.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from qlm.plan import (
     stored_bytes,
 )
 from qlm.recipe import FinetuneRecipe
-from qlm.training_job import Job, Place, base_quantizing_recipe
+from qlm.training.job import Job, Process, base_quantizing_recipe
+from qlm.training.language_loss import logits_bytes
 
 # What peft, accelerate and the Trainer take beside what a process has anyway; measured 150 to 200 MB.
 LIBRARIES_BYTES = 200_000_000
@@ -36,8 +38,6 @@ LIBRARIES_BYTES = 200_000_000
 START_SECONDS = 10.0
 # Parameter, gradient and two moments in float32; with an 8-bit optimizer the moments take a byte each.
 ADAM_BYTES, ADAM_8BIT_BYTES = 16, 10
-# Logits in the precision of the model, shifted in float32, their log-softmax, its gradient, and that in float32.
-LOGIT_COPIES_FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class TrainingPlan:
 
 def plan_training(recipe: FinetuneRecipe, device: str = "cpu") -> TrainingPlan:
     """Predict what the recipe needs. Raises what `finetune` would raise for a wrong recipe, checkpoint or text."""
-    place = Place(torch.device(device), 0, 1)
-    return plan_job(recipe, Job.open(recipe, place), place)
+    process = Process(torch.device(device), 0, 1)
+    return plan_job(recipe, Job.open(recipe, process), process)
 
 
-def plan_job(recipe: FinetuneRecipe, job: Job, place: Place) -> TrainingPlan:
+def plan_job(recipe: FinetuneRecipe, job: Job, process: Process) -> TrainingPlan:
     """The same, of each of the processes, for a job on the recipe's model: a base that is yet to be made has its sizes and its tokens."""
     spec, train = job.source.spec, recipe.train
     model, base = _base_bytes(recipe, job)
@@ -95,15 +95,15 @@ def plan_job(recipe: FinetuneRecipe, job: Job, place: Place) -> TrainingPlan:
     adapter = trainable * (ADAM_BYTES if job.optimizer == "adamw" else ADAM_8BIT_BYTES)
     tokens = train.batch_size * job.max_length
     activations = _activation_bytes(recipe, job, model, shapes, tokens)
-    on_cpu = place.device.type == "cpu"
+    on_cpu = process.device.type == "cpu"
     memory = base + adapter + activations + (PROCESS_BYTES + LIBRARIES_BYTES if on_cpu else 0)
     # Two checkpoints with parameters and moments, one more while it is written, and the adapter itself.
     disk, seconds = trainable * (3 * 12 + 4), 0.0
     quantizing = base_quantizing_recipe(recipe)
     if quantizing is not None and not Path(recipe.base_output).exists():
-        needs = plan(quantizing, str(place.device))
+        needs = plan(quantizing, str(process.device))
         memory, disk, seconds = max(memory, needs.quantize_memory), disk + needs.disk, needs.quantize_seconds
-    per_step = tokens * train.gradient_accumulation * place.processes
+    per_step = tokens * train.gradient_accumulation * process.count
     return TrainingPlan(
         steps=job.steps,
         tokens_per_step=per_step,
@@ -112,10 +112,10 @@ def plan_job(recipe: FinetuneRecipe, job: Job, place: Place) -> TrainingPlan:
         adapter_memory=adapter,
         activation_memory=activations,
         memory=memory,
-        memory_available=available_memory() if on_cpu else _gpu_memory(place.device),
+        memory_available=available_memory() if on_cpu else _gpu_memory(process.device),
         disk=disk,
         disk_free=free_disk(Path(recipe.output)),
-        seconds=round(seconds + _seconds(recipe, job, model, per_step), 1) if on_cpu else -1.0,
+        seconds=round(seconds + _seconds(recipe, job, model), 1) if on_cpu else -1.0,
     )
 
 
@@ -169,21 +169,29 @@ def _activation_bytes(
             kept += inputs * ((4 if itemsize == 2 else 0) + (5 if recipe.adapter.dropout else 0))
     largest = max(math.prod(shape) for shape in linears.values())
     blocks = layers * width * itemsize + kept if job.checkpointing else layers * kept
-    vocabulary = int(config.vocab_size) if recipe.task == "causal-lm" else 1
+    logits = logits_bytes(tokens, int(config.vocab_size), job.dtype) if recipe.task == "causal-lm" else 0
     # A quantized weight is there as floats for a moment, forward and backward.
-    return tokens * (blocks + vocabulary * (itemsize + 4 * LOGIT_COPIES_FP32)) + 2 * 4 * largest
+    return tokens * blocks + logits + 2 * 4 * largest
 
 
 def _gpu_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else -1
 
 
-def _seconds(recipe: FinetuneRecipe, job: Job, model: Any, tokens: int) -> float:
-    """Of a step: forward, the gradient of every input, and, with checkpointing, forward again; the base's weights have no gradient. Beside
-    them validation, forward alone, and what a process takes before the first step."""
+def _seconds(recipe: FinetuneRecipe, job: Job, model: Any) -> float:
+    """Of a token: forward, the gradient of every input, and, with checkpointing, forward again; the base's weights have no gradient.
+    Beside them validation, forward alone, and what a process takes before the first step."""
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
     passes = 3 if job.checkpointing else 2
     rate = matmul_rate(torch.bfloat16 if job.precision == "bfloat16" else torch.float32)
     looks = 2 + job.steps // recipe.train.evaluate_every if job.validation else 0
-    looked_at = looks * sum(len(row["input_ids"]) for row in job.validation)
-    return START_SECONDS + (passes * job.steps * tokens + looked_at) * weights / rate
+    size = recipe.train.batch_size
+    looked_at = looks * _batch_tokens([len(row["input_ids"]) for row in job.validation], size)
+    lengths = [len(job.rows[number]["input_ids"]) if number >= 0 else 1 for number in job.order]
+    return START_SECONDS + (passes * _batch_tokens(lengths, size) + looked_at) * weights / rate
+
+
+def _batch_tokens(lengths: Sequence[int], size: int) -> int:
+    """Tokens that go through the model for rows of these lengths, in batches that are padded to their longest row."""
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return sum(len(batch) * max(batch) for batch in batches)

@@ -9,7 +9,7 @@ import pytest
 from qlm.finetune import finetune
 from qlm.recipe import FinetuneRecipe
 from tests.conftest import ROOT, files_of
-from tests.finetune.runs import recipe_of, stop_at
+from tests.training.runs import recipe_of, stop_at
 
 # Trained, so that what quantizing loses is lost of something; without dropout of its own.
 MODEL = ROOT / "evals" / "checkpoints" / "tiny-opt"

@@ -39,6 +39,14 @@ def largest(tensors: Iterable[Tensor]) -> Tensor:
     return nn.utils.get_total_norm(found, norm_type=math.inf) if found else torch.zeros(())
 
 
+def largest_norm(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the tensor with the largest norm, and that norm; None where there is no tensor. In float64, where the squares of any
+    float32 have a sum."""
+    norms = {name: float(tensor.detach().double().norm()) for name, tensor in tensors}
+    name = max(norms, key=norms.__getitem__, default=None)
+    return None if name is None else f"{name} has the largest, {norms[name]:.3g}"
+
+
 def where_from(
     model: nn.Module,
     trained: Mapping[str, Tensor],

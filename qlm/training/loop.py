@@ -1,6 +1,6 @@
 """transformers' Trainer, with accelerate under it: the project's only door to them. What is different here is what they leave to chance:
 
-- A run is saved through training_state.py (complete or absent, no pickles), on SIGTERM and Ctrl-C too, and goes on where it was.
+- A run is saved through state.py (complete or absent, no pickles), on SIGTERM and Ctrl-C too, and goes on where it was.
 - The rows come in the order that the job lists.
 - Loss and gradient are means over the step's target tokens, however these lie in rows, batches and processes.
 - The first value that is not finite ends the run before the step is applied (the Trainer by default puts an average in the log and
@@ -23,17 +23,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from qlm import training_loss, training_state, watchdog
 from qlm.checkpoint import strict_json
 from qlm.checkpoint.files import write_file
 from qlm.errors import DataError, Unavailable
 from qlm.memory import peak_memory
 from qlm.quantize import Progress
 from qlm.recipe import TrainRecipe
-from qlm.signals import Signals
-from qlm.training_data import collate
-from qlm.training_job import Job, Place, Rows
-from qlm.training_state import TrainingState
+from qlm.training import loss as training_loss
+from qlm.training import state as training_state
+from qlm.training import watchdog
+from qlm.training.data import collate
+from qlm.training.job import Job, Process, Rows
+from qlm.training.language_loss import language_loss
+from qlm.training.signals import Signals
+from qlm.training.state import TrainingState
 
 # Importing the Trainer imports half of what is installed; it waits for the first run (`trainer_class`).
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
-def training_arguments(train: TrainRecipe, job: Job, place: Place, checkpoints: Path) -> "TrainingArguments":
+def training_arguments(train: TrainRecipe, job: Job, process: Process, checkpoints: Path) -> "TrainingArguments":
     """The recipe's settings in the Trainer's words."""
     from transformers import TrainingArguments
 
@@ -64,7 +67,7 @@ def training_arguments(train: TrainRecipe, job: Job, place: Place, checkpoints: 
         seed=train.seed,
         bf16=job.precision == "bfloat16",
         fp16=job.precision == "float16",
-        use_cpu=place.device.type == "cpu",
+        use_cpu=process.device.type == "cpu",
         **_checkpointing(job.checkpointing),
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -74,7 +77,7 @@ def training_arguments(train: TrainRecipe, job: Job, place: Place, checkpoints: 
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=place.device.type == "cuda",
+        dataloader_pin_memory=process.device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
     # Without a launcher the Trainer would spread a batch over all GPUs it sees.
@@ -159,12 +162,12 @@ class TrainingLoop(Trainer):
         model: Any,
         arguments: "TrainingArguments",
         job: Job,
-        place: Place,
+        process: Process,
         checkpoints: Path,
         tell: Progress,
         signals: Signals,
     ) -> None:
-        self.job, self.place, self.checkpoints, self.tell, self.signals = job, place, checkpoints, tell, signals
+        self.job, self.process, self.checkpoints, self.tell, self.signals = job, process, checkpoints, tell, signals
         self.metrics: list[dict[str, Any]] = []
         self.stopping = 0
         self._losses: list[Tensor] = []
@@ -200,12 +203,12 @@ class TrainingLoop(Trainer):
         # A run that was stopped while it measured does so again.
         self.args.eval_on_start = bool(self.job.validation) and due and step not in measured
         self.tell("train", step, self.job.steps)
-        if state is not None and self.place.is_main:
+        if state is not None and self.process.is_main:
             # All that the Trainer itself wants to know of a checkpoint; it reads it from a file.
             loop = TrainerState(global_step=step, train_batch_size=self.args.train_batch_size)
             loop.compute_steps(self.args, self.job.steps)
             write_file(self.checkpoints / TRAINER_STATE_NAME, strict_json.dumps(dataclasses.asdict(loop)))
-        self.place.wait()
+        self.process.wait()
         self.train(resume_from_checkpoint=None if state is None else str(self.checkpoints))
 
     def adapter_model(self) -> Any:
@@ -222,7 +225,7 @@ class TrainingLoop(Trainer):
             count = super()._get_num_items_in_batch(batch_samples, device)
         else:
             count = torch.tensor(sum(training_loss.targets_in(batch) for batch in batch_samples), device=device)
-            if self.place.processes > 1:
+            if self.process.count > 1:
                 count = self.accelerator.gather(count).sum()
         self._tokens = int(cast(Tensor, count))
         return count
@@ -230,15 +233,16 @@ class TrainingLoop(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The language model's own; for heads the cross entropy summed over labels and divided by the step's number of them, where
-        transformers' classes take a mean over each batch."""
+        """Cross entropy summed over the targets and divided by the step's number of them, where transformers' classes for heads take a mean
+        over each batch."""
+        assert not return_outputs
         if self.job.task == "causal-lm":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        targets = {key: inputs.pop(key) for key in training_loss.TARGETS if key in inputs}
-        outputs = model(**inputs)
-        loss = training_loss.head_loss(outputs, targets) / num_items_in_batch * self.place.processes
-        return (loss, outputs) if return_outputs else loss
+            loss = language_loss(model, inputs, self.job.dtype)
+        else:
+            inputs = dict(inputs)
+            targets = {key: inputs.pop(key) for key in training_loss.TARGETS if key in inputs}
+            loss = training_loss.head_loss(model(**inputs), targets)
+        return loss / num_items_in_batch * self.process.count
 
     # - the step -
 
@@ -257,7 +261,7 @@ class TrainingLoop(Trainer):
         """Clip, and look at everything that the step is made of before it is applied.
 
         Raises:
-            DataError: a loss, a gradient or a state of the optimizer is not finite; names the step and the place.
+            DataError: a loss, a gradient or a state of the optimizer is not finite; names the step and where.
         """
         self.accelerator.unscale_gradients()
         parameters = [p for p in self._names() if p.grad is not None]
@@ -272,7 +276,7 @@ class TrainingLoop(Trainer):
                 torch.tensor(float(self.signals.number), device=self.args.device),
             ]
         )
-        if self.place.processes > 1:
+        if self.process.count > 1:
             found = self.accelerator.gather(found[None]).reshape(-1, 4)
             found = torch.cat([found[:, :3].mean(0), found[:, 3].amax()[None]])
         self.loss, gradient, state, self.stopping = (*found[:3].tolist(), int(found[3]))
@@ -283,8 +287,8 @@ class TrainingLoop(Trainer):
         if not math.isfinite(self.loss):
             self._stop(f"the loss is {self.loss}", self._where_loss())
         if not math.isfinite(gradient) and not overflowed:
-            named = ((name, p.grad) for p, name in self._names().items() if p.grad is not None)
-            self._stop(f"the gradient's norm is {gradient}", watchdog.not_finite(named))
+            named = [(name, training_state.full(p.grad)) for p, name in self._names().items() if p.grad is not None]
+            self._stop(f"the gradient's norm is {gradient}", watchdog.not_finite(named) or watchdog.largest_norm(named))
         if not math.isfinite(state):
             self._stop("the optimizer's state is not finite", watchdog.not_finite(moments))
         if not overflowed:
@@ -328,7 +332,7 @@ class TrainingLoop(Trainer):
         super().log(logs, start_time)
         # metrics.jsonl is the log; this copy of it would only grow.
         self.state.log_history.clear()
-        if self.signals.number and self.place.processes == 1:
+        if self.signals.number and self.process.count == 1:
             # It came after `on_step_end`. Several processes agree with the next step.
             self.control.should_save = self.control.should_training_stop = True
 
@@ -337,7 +341,7 @@ class TrainingLoop(Trainer):
         if notes is not None:
             began, tokens = self._clock
             self._clock = (began, tokens + self._tokens)
-            on_gpu = self.place.device.type == "cuda"
+            on_gpu = self.process.device.type == "cuda"
             peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
             rate = self._clock[1] / max(time.monotonic() - began, 1e-9)
             notes["train"] = f"loss {self.loss:.4f}, {rate:.0f} tokens/s, peak {peak / 1e9:.2f} GB"
@@ -366,25 +370,25 @@ class TrainingLoop(Trainer):
     def _measure(self) -> dict[str, Any] | None:
         """What the validation rows give; None when a signal came meanwhile."""
         rows, size = self.job.validation, self.args.per_device_train_batch_size
-        starts = range(self.place.rank * size, len(rows), self.place.processes * size)
+        starts = range(self.process.rank * size, len(rows), self.process.count * size)
 
         def batches() -> Iterator[dict[str, Tensor]]:
             for number, start in enumerate(starts):
                 self.tell("evaluate", number, len(starts))
-                if self.signals.number and self.place.processes == 1:
+                if self.signals.number and self.process.count == 1:
                     return
                 batch = collate(rows[start : start + size], self.job.pad_id)
                 yield {key: value.to(self.args.device) for key, value in batch.items()}
 
-        sums = training_loss.validation_sums(self.model, batches(), self.job.task, self.args.device)
+        sums = training_loss.validation_sums(self.model, batches(), self.job.task, self.job.dtype, self.args.device)
         sums = torch.cat([sums, sums.new_tensor([self.signals.number])])
-        if self.place.processes > 1:
+        if self.process.count > 1:
             sums = self.accelerator.gather(sums[None]).reshape(-1, 4).sum(0)
         self.tell("evaluate", len(starts), len(starts))
         if sums[3]:
             self.signals.number = self.signals.number or signal.SIGTERM
             return None
-        return training_loss.in_words(sums[:3], self.job.task)
+        return training_loss.record(sums[:3], self.job.task)
 
     # - saving and going on -
 
@@ -417,17 +421,16 @@ class TrainingLoop(Trainer):
             schedule=self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
             scaler=None if scaler is None else scaler.state_dict(),
             random=self._random_states(),
-            position={"place": self.state.global_step * len(self.job.order) // self.job.steps},
             metrics=self.metrics,
         )
-        if self.place.is_main:
+        if self.process.is_main:
             training_state.save(self.checkpoints, state)
-        self.place.wait()
+        self.process.wait()
 
     def _random_states(self) -> dict[str, Any]:
         """The main process's generators, and torch's of all."""
         state = training_state.random_state(self.args.device)
-        if self.place.processes == 1:
+        if self.process.count == 1:
             return {**state, "ranks": {}}
         own = {key: value.to(self.args.device) for key, value in state.items() if isinstance(value, Tensor)}
         of_all = {key: self.accelerator.gather(value[None]) for key, value in own.items()}
@@ -435,7 +438,7 @@ class TrainingLoop(Trainer):
             **state,
             "ranks": {
                 str(rank): {key: values[rank].cpu() for key, values in of_all.items()}
-                for rank in range(self.place.processes)
+                for rank in range(self.process.count)
             },
         }
 
@@ -455,5 +458,5 @@ class TrainingLoop(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._resumed is not None:
             state = dict(self._resumed.random)
-            state |= state.pop("ranks").get(str(self.place.rank), {})
+            state |= state.pop("ranks").get(str(self.process.rank), {})
             training_state.set_random_state(state, self.args.device)

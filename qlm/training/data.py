@@ -49,9 +49,9 @@ class Samples:
 
     Attributes:
         rows: `input_ids` with `labels` (a list of the same length, or one number), or with `start_positions` and `end_positions`.
-        facts: `data` (the name of the file), its `bytes` and `sha256` (of a hub dataset: those of its rows as JSON), `samples` read, `rows`, `tokens` in them,
-            `learned` (predictions that the loss counts), `cut` and `skipped` (samples longer than a row), `empty` (rows of a hub dataset
-            without text), `left_over` (tokens after the last row of a plain text).
+        facts: `data` (the name of the file), its `bytes` and `sha256` (of a hub dataset: those of its rows as JSON), `samples` read,
+            `rows`, `tokens` in them, `learned` (predictions that the loss counts), `cut` and `skipped` (samples longer than a row),
+            `empty` (rows of a hub dataset without text), `left_over` (tokens after the last row of a plain text).
     """
 
     rows: list[Row]
@@ -60,9 +60,9 @@ class Samples:
 
 @dataclass
 class _Encoded:
-    """One sample as ids and what is learned of it; `place` names it in errors."""
+    """One sample as ids and what is learned of it; `where` names it in errors."""
 
-    place: str
+    where: str
     ids: list[int]
     learned: Row
 
@@ -141,15 +141,15 @@ def read_samples(
     if not samples:
         raise UsageError(f"{source.name}: there is no sample in it")
     facts: dict[str, Any] = {
-        "data": source.name, "bytes": source.bytes, "sha256": source.sha256, "samples": len(samples), "rows": 0, "tokens": 0, "learned": 0, "cut": 0,
-        "skipped": 0, "empty": len(source.samples) - len(samples), "left_over": 0,
+        "data": source.name, "bytes": source.bytes, "sha256": source.sha256, "samples": len(samples), "rows": 0, "tokens": 0,
+        "learned": 0, "cut": 0, "skipped": 0, "empty": len(source.samples) - len(samples), "left_over": 0,
     }  # fmt: skip
     kept: list[_Encoded] = []
     for sample in forms[task](samples):
         if len(sample.ids) > max_length:
             if too_long == "error":
                 raise UsageError(
-                    f"{sample.place}: found a sample of {len(sample.ids)} tokens; expected at most {max_length} (train.max_length); "
+                    f"{sample.where}: found a sample of {len(sample.ids)} tokens; expected at most {max_length} (train.max_length); "
                     "'too_long: truncate' cuts such samples, 'skip' leaves them out"
                 )
             facts["cut" if too_long == "truncate" else "skipped"] += 1
@@ -158,7 +158,7 @@ def read_samples(
             sample.cut(max_length)
             if not _learned(sample.learned):
                 raise DataError(
-                    f"{sample.place}: found a sample of which nothing is learned once it is cut to {max_length} tokens "
+                    f"{sample.where}: found a sample of which nothing is learned once it is cut to {max_length} tokens "
                     "(train.max_length); make it longer, or leave such samples out with 'too_long: skip'"
                 )
         kept.append(sample)
@@ -219,9 +219,9 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample as it was read; `place` is "file:line"."""
+    """A sample as it was read; `where` is "file:line"."""
 
-    place: str
+    where: str
     value: Mapping[str, Any]
 
     def is_blank(self, column: str) -> bool:
@@ -230,7 +230,7 @@ class _Sample:
         return "prompt" not in self.value and isinstance(text, str) and not text.strip()
 
     def refuse(self, message: str) -> DataError:
-        return DataError(f"{self.place}: {message}")
+        return DataError(f"{self.where}: {message}")
 
     def text(self, key: str, *, blank: bool = False) -> str:
         """The text under `key`, which may be empty if `blank`."""
@@ -274,8 +274,8 @@ def _jsonl_samples(path: Path) -> _Source:
     samples = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            place = f"{path}:{number}"
-            samples.append(_Sample(place, load_object(line.encode(), place)))
+            where = f"{path}:{number}"
+            samples.append(_Sample(where, load_object(line.encode(), where)))
     return _Source(path.name, path.stat().st_size, _sha256(path), samples)
 
 
@@ -306,8 +306,8 @@ def _plain_text(path: Path, tokenizer: Any, spec: FamilySpec, max_length: int) -
         raise UsageError(f"{path.name}: found one token; expected a text to learn from")
     rows: list[Row] = [{"input_ids": window, "labels": [NOT_LEARNED, *window[1:]]} for window in windows]
     facts: dict[str, Any] = {
-        "data": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "samples": len(rows), "rows": len(rows), "tokens": sum(map(len, windows)),
-        "learned": sum(map(_learned, rows)), "cut": 0, "skipped": 0, "empty": 0, "left_over": len(left_over),
+        "data": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "samples": len(rows), "rows": len(rows),
+        "tokens": sum(map(len, windows)), "learned": sum(map(_learned, rows)), "cut": 0, "skipped": 0, "empty": 0, "left_over": len(left_over),
     }  # fmt: skip
     return Samples(rows, facts)
 
@@ -356,13 +356,13 @@ class _Encoder:
             start = [*self.bos, *prompt]
             learned = [*completion, self.eos_id]
             labels = [NOT_LEARNED] * len(start) + learned
-            yield _Encoded(sample.place, start + learned, {"labels": labels})
+            yield _Encoded(sample.where, start + learned, {"labels": labels})
 
     def classified_texts(self, samples: Sequence[_Sample]) -> Iterator[_Encoded]:
         texts = [sample.text(self.column) for sample in samples]
         for sample, ids in zip(samples, self._ids(texts), strict=True):
             label = self._label(sample, "label", sample.get("label", (int, str), self._allowed()))
-            yield _Encoded(sample.place, [*self.bos, *ids], {"labels": label})
+            yield _Encoded(sample.where, [*self.bos, *ids], {"labels": label})
 
     def classified_words(self, samples: Sequence[_Sample]) -> Iterator[_Encoded]:
         for sample in samples:
@@ -382,7 +382,7 @@ class _Encoder:
             for piece, value in zip(pieces, labels, strict=True):
                 ids += piece
                 marks += [self._label(sample, "labels", value), *[NOT_LEARNED] * (len(piece) - 1)][: len(piece)]
-            yield _Encoded(sample.place, ids, {"labels": marks})
+            yield _Encoded(sample.where, ids, {"labels": marks})
 
     def questions(self, samples: Sequence[_Sample]) -> Iterator[_Encoded]:
         questions = self._ids([f"{sample.text('question')}\n" for sample in samples])
@@ -407,7 +407,7 @@ class _Encoder:
             before = [*self.bos, *question]
             ids = [*before, *found["input_ids"]]
             learned: Row = {"start_positions": len(before) + inside[0], "end_positions": len(before) + inside[-1]}
-            yield _Encoded(sample.place, ids, learned)
+            yield _Encoded(sample.where, ids, learned)
 
     def _allowed(self) -> str:
         if self.labels is None:
@@ -434,12 +434,12 @@ def _pack(samples: Sequence[_Encoded], max_length: int) -> list[Row]:
     open_bins: list[tuple[int, int]] = []  # (tokens that are free, bin), sorted
     for number in order:
         size = len(samples[number].ids)
-        place = bisect_left(open_bins, (size, -1))
-        if place == len(open_bins):
+        slot = bisect_left(open_bins, (size, -1))
+        if slot == len(open_bins):
             free, chosen = max_length, len(bins)
             bins.append([])
         else:
-            free, chosen = open_bins.pop(place)
+            free, chosen = open_bins.pop(slot)
         bins[chosen].append(number)
         if free > size:
             insort(open_bins, (free - size, chosen))

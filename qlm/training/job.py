@@ -1,7 +1,7 @@
 """What is trained on what: the base, rows in their order, and which process on which device. No model is loaded here.
 
-The whole run is one pass over a list of rows drawn from the seed beforehand, so that a position in it is one number. Rows that fill up
-the last step have no targets and so no weight.
+The whole run is one pass over a list of rows drawn from the seed beforehand, so that where a run stands is one number, its step. Rows
+that fill up the last step have no targets and so no weight.
 """
 
 import functools
@@ -14,34 +14,33 @@ from typing import Any
 import torch
 import torch.distributed
 
-from qlm.arch import Task
+from qlm.arch import HEADS, Task
 from qlm.calibrate import window_length
-from qlm.checkpoint.adapter import HEADS
 from qlm.errors import DataError, Unavailable, UsageError
 from qlm.load import Source, linear_paths, load_tokenizer, open_source
 from qlm.recipe import FinetuneRecipe, Recipe
-from qlm.training_data import NOT_LEARNED, Samples, read_samples, split
+from qlm.training.data import NOT_LEARNED, Samples, read_samples, split
 
 # `gradient_checkpointing: auto` on a CPU: activations of smaller models than this fit beside them.
 _LARGE = 300_000_000
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of the processes this is, and where it computes."""
+class Process:
+    """Which of `count` processes this is, by its rank from 0, and where it computes."""
 
     device: torch.device
     rank: int
-    processes: int
+    count: int
 
     @classmethod
-    def here(cls, device: str) -> "Place":
+    def here(cls, device: str) -> "Process":
         """As the launcher's environment says (torchrun's variables, which accelerate sets as well).
 
         Raises:
             UsageError: FSDP on a CPU.
         """
-        processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         found = torch.device(device)
         if found.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             # accelerate (1.15) takes no notice of its FSDP configuration on CPUs, and trains with DDP.
@@ -49,12 +48,12 @@ class Place:
                 "accelerate's configuration asks for FSDP, which it has on GPUs only; found cpu: give --device cuda, or use DDP"
             )
         if found.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else found.index or 0
+            index = int(os.environ.get("LOCAL_RANK", "0")) if count > 1 else found.index or 0
             found = torch.device("cuda", index)
             torch.cuda.set_device(found)
-        if processes > 1 and not torch.distributed.is_initialized():
+        if count > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
-        return cls(found, rank, processes)
+        return cls(found, rank, count)
 
     @property
     def is_main(self) -> bool:
@@ -62,7 +61,7 @@ class Place:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        if self.processes > 1:
+        if self.count > 1:
             torch.distributed.barrier()
 
 
@@ -73,7 +72,7 @@ class Job:
     Attributes:
         base: folder or hub name of the model, quantized or float.
         rows: to learn from. validation: to measure on. facts: of the data, for identity and manifest. labels: their names.
-        order: row of each place in the run, one step after the other; -1 for a row without weight.
+        order: row of each slot of the run, one step after the other; -1 for a row without weight.
         max_length: tokens in a row, at most. pad_id: what short rows are filled up with.
         precision: float32, bfloat16 or float16. optimizer: a name of the recipe's.
     """
@@ -95,8 +94,14 @@ class Job:
     checkpointing: bool
 
     @classmethod
-    def open(cls, recipe: FinetuneRecipe, place: Place) -> "Job":
-        """On the recipe's own model; `on` is the same on what that has been quantized into."""
+    def open(cls, recipe: FinetuneRecipe, process: Process) -> "Job":
+        """Read the data, and see what there is to train, on the recipe's own model; `on` is the same on what that is quantized into.
+
+        Args:
+            process: one of those that share each step's rows.
+        Raises:
+            QlmError: the model, the data or the labels are not as the recipe needs them, or this device cannot train as it asks.
+        """
         train = recipe.train
         source, empty = open_source(
             recipe.model, revision=recipe.revision, task=recipe.task, attn_implementation=recipe.attn_implementation,
@@ -116,13 +121,12 @@ class Job:
         elif train.validation_share is not None:
             samples, other = split(samples, train.validation_share, train.seed)
         rows, facts = samples.rows, {"data": samples.facts, **({"validation": other.facts} if other else {})}
-        per_step = train.batch_size * train.gradient_accumulation * place.processes
+        per_step = train.batch_size * train.gradient_accumulation * process.count
         steps = train.steps or math.ceil((train.epochs or 1) * len(rows) / per_step)
         # With `epochs` the rows may end before the last step does; with `steps` a next pass begins.
-        places = steps * per_step if train.steps else (train.epochs or 1) * len(rows)
-        order = _order(len(rows), places, train.seed)
+        filled = steps * per_step if train.steps else (train.epochs or 1) * len(rows)
         parameters = sum(empty.get_submodule(name).weight.numel() for name in linear_paths(empty))
-        large = place.device.type == "cuda" or parameters > _LARGE
+        large = process.device.type == "cuda" or parameters > _LARGE
         return cls(
             base=recipe.model,
             revision=recipe.revision,
@@ -132,17 +136,24 @@ class Job:
             validation=other.rows if other else [],
             facts=facts,
             labels=labels,
-            order=order + [-1] * (steps * per_step - places),
+            order=_order(len(rows), filled, train.seed) + [-1] * (steps * per_step - filled),
             steps=steps,
             max_length=length,
             pad_id=_pad_id(tokenizer, source),
-            precision=choose_precision(train.precision, place.device),
-            optimizer=choose_optimizer(train.optimizer, place.device),
+            precision=choose_precision(train.precision, process.device),
+            optimizer=choose_optimizer(train.optimizer, process.device),
             checkpointing=large if train.gradient_checkpointing == "auto" else train.gradient_checkpointing,
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `precision`."""
+        found = getattr(torch, self.precision)
+        assert isinstance(found, torch.dtype)
+        return found
+
     def on(self, base: str) -> "Job":
-        """On another folder of the same model, with its tokenizer and so the same rows."""
+        """On another folder of the same model, with its tokenizer and so the same rows. Raises what `open_source` raises."""
         source, _ = open_source(base, task=self.task, new_head=self.task != "causal-lm")
         return replace(self, base=base, revision=None, source=source)
 
@@ -186,13 +197,13 @@ def _labels(recipe: FinetuneRecipe, source: Source) -> list[str] | None:
     return list(recipe.train.labels)
 
 
-def _order(rows: int, places: int, seed: int) -> list[int]:
-    """One permutation of the rows after the other, as many places as asked for."""
+def _order(rows: int, slots: int, seed: int) -> list[int]:
+    """One permutation of the rows after the other, as many slots as there are to fill."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    while len(order) < places:
+    while len(order) < slots:
         order += torch.randperm(rows, generator=generator).tolist()
-    return order[:places]
+    return order[:slots]
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

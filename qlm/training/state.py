@@ -31,14 +31,15 @@ from torch import Tensor
 
 from qlm.checkpoint import strict_json
 from qlm.checkpoint.files import TEMPORARY, remove_tree, write_folder
-from qlm.errors import DataError, ReadWriteError
+from qlm.errors import DataError, ReadWriteError, UsageError
 
 KEPT = 2
-_FORMAT = 1
+# 1 held a position in the data besides, which the step alone decides.
+_FORMAT = 2
 _TENSORS, _METRICS, _STATE = "state.safetensors", "metrics.jsonl", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _KEYS = frozenset(
-    {"format", "step", "optimizer", "schedule", "scaler", "random", "position", "files", "checksum"},
+    {"format", "step", "optimizer", "schedule", "scaler", "random", "files", "checksum"},
 )
 
 
@@ -52,7 +53,6 @@ class TrainingState:
         optimizer: what `optimizer_state` gives.
         schedule, scaler: state dicts of the learning rate's schedule and of the loss scaler (None where there is none).
         random: what `random_state` gives.
-        position: of the loop and the data, as JSON values.
         metrics: the records of the loss log so far, as JSON objects.
     """
 
@@ -62,7 +62,6 @@ class TrainingState:
     schedule: Mapping[str, Any]
     scaler: Mapping[str, Any] | None
     random: Mapping[str, Any]
-    position: Mapping[str, Any]
     metrics: list[dict[str, Any]]
 
 
@@ -99,7 +98,6 @@ def save(folder: Path, state: TrainingState) -> Path:
         "format": _FORMAT,
         "step": state.step,
         **packed,
-        "position": dict(state.position),
         "files": {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
         },
@@ -132,7 +130,7 @@ def load_newest(folder: Path) -> TrainingState | None:
     """The newest checkpoint that is whole, or None where there is none at all. One line on stderr for each that is damaged.
 
     Raises:
-        DataError: there are checkpoints, and all of them are damaged.
+        DataError: there are checkpoints, and all of them are damaged. UsageError: the newest is of another version of qlm.
     """
     clear_unfinished(folder)
     found = steps(folder)
@@ -162,13 +160,20 @@ def read(path: Path) -> TrainingState:
 
     Raises:
         DataError: it is damaged; says which file and how. ReadWriteError: reading failed.
+        UsageError: another version of qlm wrote it, in another format.
     """
     text = _bytes(path / _STATE)
     content = strict_json.load_object(text, str(path / _STATE))
     without = {key: value for key, value in content.items() if key != "checksum"}
-    is_whole = content.keys() == _KEYS and content["format"] == _FORMAT and content["checksum"] == _checksum(without)
-    if not is_whole or strict_json.dumps(content) != text:
+    if content.get("checksum") != _checksum(without) or strict_json.dumps(content) != text:
         raise DataError(f"{path / _STATE}: damaged: its content does not agree with its checksum")
+    if content.get("format") != _FORMAT:
+        raise UsageError(
+            f"{path}: a checkpoint of format {content.get('format')}, and this version of qlm goes on from format {_FORMAT}; finish the "
+            "run with the version that began it, or --force starts it over"
+        )
+    if content.keys() != _KEYS:
+        raise DataError(f"{path / _STATE}: damaged: expected the keys {', '.join(sorted(_KEYS))}")
     data = {}
     for name in (_TENSORS, _METRICS):
         data[name] = _bytes(path / name)
@@ -190,7 +195,6 @@ def read(path: Path) -> TrainingState:
         schedule=_unpack(content["schedule"], tensors),
         scaler=_unpack(content["scaler"], tensors),
         random=_unpack(content["random"], tensors),
-        position=content["position"],
         metrics=[json.loads(line) for line in lines],
     )
 
@@ -328,13 +332,13 @@ def full(tensor: Tensor) -> Tensor:
     return gather() if callable(gather) else tensor
 
 
-def _like(value: Tensor, place: Any) -> Tensor:
-    """`value` on the device of `place`, and split among the processes as that is."""
-    value = value.to(place.device)
-    if hasattr(place, "full_tensor"):
+def _like(value: Tensor, wanted: Any) -> Tensor:
+    """`value` on the device of `wanted`, and split among the processes as that is."""
+    value = value.to(wanted.device)
+    if hasattr(wanted, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value, place.device_mesh, place.placements)
+        return distribute_tensor(value, wanted.device_mesh, wanted.placements)
     return value
 
 

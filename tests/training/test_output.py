@@ -2,17 +2,19 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qlm.arch import Task
 from qlm.checkpoint import manifest
 from qlm.errors import DataError
 from qlm.finetune import FinetuneResult, finetune
-from qlm.training_loop import TrainingLoop
+from qlm.training.loop import TrainingLoop
 from tests.conftest import names_below
-from tests.finetune.runs import poison, recipe_of
+from tests.training.runs import poison, recipe_of
 
 
 def test_the_output(folder_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
@@ -75,3 +77,20 @@ def test_an_error_before_the_first_save_leaves_nothing(
     with pytest.raises(DataError, match="no checkpoint was written yet"):
         finetune(recipe_of(folder_of("opt"), tmp_path / "out", data))
     assert names_below(tmp_path) == {"data.txt"}
+
+
+def test_next_commands(tmp_path: Path) -> None:
+    """As a shell takes them; a head continues no prompt, and a model on the hub is named with its revision."""
+
+    def words(task: Task, base: str, revision: str | None) -> list[list[str]]:
+        result = FinetuneResult(tmp_path / "my adapter", base, revision, task, 1, 0, {}, [])
+        return [shlex.split(line) for line in result.next_commands()]
+
+    output = str(tmp_path / "my adapter")
+    merge = [output, "--into", "float", "--output", f"{output}-merged"]
+    generate = ["--adapter", output, "--prompt", "..."]
+    assert words("causal-lm", "a base", None) == [
+        ["qlm", "generate", "a base", *generate],
+        ["qlm", "merge", "a base", *merge],
+    ]
+    assert words("token-classification", "a/b", "main") == [["qlm", "merge", "a/b", "--revision", "main", *merge]]

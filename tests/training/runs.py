@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from qlm import training_state
 from qlm.finetune import CHECKPOINTS
 from qlm.recipe import FinetuneRecipe
+from qlm.training import state as training_state
 from tests.conftest import files_of
 
 # The models' own dropout, on while training as in any training of theirs, switched off.

@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 import numpy
@@ -12,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlm import training_state
-from qlm.checkpoint import files
-from qlm.errors import CannotCreate, DataError
-from qlm.training_state import TrainingState
+from qlm.checkpoint import files, strict_json
+from qlm.errors import CannotCreate, DataError, UsageError
+from qlm.training import state as training_state
+from qlm.training.state import TrainingState
 from tests.conftest import files_of, names_below
 
 CPU = torch.device("cpu")
@@ -62,7 +63,6 @@ def state_of(model: Small, optimizer: torch.optim.Optimizer, schedule: object, n
         schedule=schedule.state_dict(),
         scaler={"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3},
         random=training_state.random_state(CPU),
-        position={"place": 24},
         metrics=[{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": 1e-30}],
     )
 
@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_the_same_bytes(folder: Path) -> None:
             assert torch.equal(value, have["state"][number][key]), (number, key)
             assert value.dtype == have["state"][number][key].dtype
     assert schedule.state_dict() == fresh_schedule.state_dict()
-    assert (found.step, found.position, found.scaler["_growth_tracker"]) == (3, {"place": 24}, 3)
+    assert (found.step, found.scaler["_growth_tracker"]) == (3, 3)
     assert found.metrics == [{"step": 1, "loss": 0.30000000000000004}, {"step": 2, "loss": 1e-30}]
 
 
@@ -177,7 +177,7 @@ def test_the_line_reaches_stderr(folder: Path) -> None:
 
     save(folder, 10, 20)
     (folder / "step-00000020" / "state.json").unlink()
-    code = f"from pathlib import Path; from qlm import training_state as t; print(t.load_newest(Path({str(folder)!r})).step)"
+    code = f"from pathlib import Path; from qlm.training import state as t; print(t.load_newest(Path({str(folder)!r})).step)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "10\n"
     assert done.stderr.splitlines() == [
@@ -190,6 +190,19 @@ def test_all_damaged(folder: Path) -> None:
     for path in folder.glob("*/state.json"):
         path.write_bytes(b"{}")
     with pytest.raises(DataError, match="--force starts the run over"):
+        training_state.load_newest(folder)
+
+
+def test_another_format_is_refused(folder: Path) -> None:
+    """Whole, and by another version of qlm: it is not passed over for an older one, nor called damaged."""
+    save(folder, 10, 20)
+    path = folder / "step-00000020" / "state.json"
+    former = {**json.loads(path.read_text("utf-8")), "format": 1, "position": {"place": 40}}
+    former.pop("checksum")
+    path.write_bytes(strict_json.dumps({**former, "checksum": sha256(strict_json.dumps(former)).hexdigest()}))
+    with pytest.raises(
+        UsageError, match=r"step-00000020: a checkpoint of format 1, .* from format 2; finish .*--force"
+    ):
         training_state.load_newest(folder)
 
 

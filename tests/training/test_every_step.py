@@ -8,7 +8,7 @@ import pytest
 
 from qlm.finetune import finetune
 from tests.conftest import files_of
-from tests.finetune.runs import checkpoint_hashes, recipe_of, stop_at
+from tests.training.runs import checkpoint_hashes, recipe_of, stop_at
 
 STEPS = 40
 

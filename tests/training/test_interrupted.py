@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from qlm import training_state
 from qlm.checkpoint import files
 from qlm.errors import CannotCreate, UsageError
 from qlm.finetune import CHECKPOINTS, finetune
-from qlm.signals import Signals
+from qlm.training import state as training_state
+from qlm.training.signals import Signals
 from tests.conftest import command, files_of, names_below
-from tests.finetune.runs import checkpoint_hashes, recipe_of, stop_at
+from tests.training.runs import checkpoint_hashes, recipe_of, stop_at
 
 
 @pytest.mark.parametrize("backend", ["nf4", "int8"])
@@ -147,8 +147,8 @@ def test_the_newest_checkpoint_is_damaged(
         ({"adapter": {"dropout": 0.5}}, "recipe.adapter.dropout: it has 0.05, now it is 0.5"),
         ({"steps": 5}, "recipe.train.steps: it has 4, now it is 5"),
         ({"gradient_accumulation": 3}, "recipe.train.gradient_accumulation: it has 1, now it is 3"),
-        ("data", "inputs.data: data.txt.sha256: it has "),
-        ("base", "inputs.model.safetensors.sha256: it has "),
+        ("data", "an unfinished run, and train.data: data.txt has changed since (SHA-256 "),
+        ("base", "an unfinished run, and model.safetensors has changed since (SHA-256 "),
     ],
 )
 def test_something_else_is_refused(

@@ -14,7 +14,7 @@ from qlm.arch import FAMILIES as SPECS
 from qlm.errors import DataError, MissingInput, UsageError
 from qlm.load import load_tokenizer
 from qlm.recipe import DataSource
-from qlm.training_data import Samples, collate, read_samples, split
+from qlm.training.data import Samples, collate, read_samples, split
 from tests.conftest import FAMILIES
 
 Folder = Callable[..., Path]
@@ -157,7 +157,7 @@ class TestTexts:
     @pytest.mark.parametrize(
         ("line", "expected"),
         [
-            ('{"text": "a"', "t.jsonl:3: not valid JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
+            ('{"text": "a"', "t.jsonl:3: not valid JSON: Expecting ',' delimiter: column 13"),
             ('["a"]', "t.jsonl:3: holds a JSON list; expected an object"),
             ('{"text": "a", "text": "b"}', "t.jsonl:3: the key 'text' appears twice in one object"),
             ('{"text": NaN}', "t.jsonl:3: holds the number NaN, which is not allowed here"),

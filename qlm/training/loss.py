@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlm.arch import Task
-from qlm.training_data import NOT_LEARNED
+from qlm.training.data import NOT_LEARNED
+from qlm.training.language_loss import language_loss
 
 # What a batch holds beside the model's inputs.
 TARGETS = ("labels", "start_positions", "end_positions")
@@ -43,8 +44,10 @@ def _right(outputs: Any, targets: Mapping[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def validation_sums(model: Any, batches: Iterable[dict[str, Tensor]], task: Task, device: torch.device) -> Tensor:
-    """Loss in nats, targets, and of heads the right ones, summed over the batches: float64 [3].
+def validation_sums(
+    model: Any, batches: Iterable[dict[str, Tensor]], task: Task, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Loss in nats, targets, and of heads the right ones, summed over the batches: float64 [3]. dtype: as in `language_loss`.
 
     Draws nothing from any random generator, so that measuring more or less often changes no training.
     """
@@ -52,15 +55,12 @@ def validation_sums(model: Any, batches: Iterable[dict[str, Tensor]], task: Task
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
-        targets = {key: batch.pop(key) for key in TARGETS if key in batch}
-        outputs = model(**batch)
         if task == "causal-lm":
-            shifted = targets["labels"][:, 1:]
-            # Row by row: the logits of a batch in float32 would be the largest thing in memory.
-            for logits, wanted in zip(outputs.logits[:, :-1], shifted, strict=True):
-                sums[0] += F.cross_entropy(logits.float(), wanted, ignore_index=NOT_LEARNED, reduction="sum")
-            sums[1] += shifted.ne(NOT_LEARNED).sum()
+            sums[0] += language_loss(model, batch, dtype)
+            sums[1] += batch["labels"][:, 1:].ne(NOT_LEARNED).sum()
         else:
+            targets = {key: batch.pop(key) for key in TARGETS if key in batch}
+            outputs = model(**batch)
             sums[0] += head_loss(outputs, targets)
             sums[1] += targets_in(targets)
             sums[2] += _right(outputs, targets)
@@ -68,8 +68,15 @@ def validation_sums(model: Any, batches: Iterable[dict[str, Tensor]], task: Task
     return sums
 
 
-def in_words(sums: Tensor, task: Task) -> dict[str, Any]:
-    """The record of a measurement: what the sums of all processes together say."""
+def record(sums: Tensor, task: Task) -> dict[str, Any]:
+    """What metrics.jsonl says of a measurement.
+
+    Args:
+        sums: those of `validation_sums`, of all processes together.
+    Returns:
+        `validation_loss` (nats per target), `validation_perplexity` or, of heads, `validation_accuracy` (a share), and
+        `validation_tokens`, how many targets there were.
+    """
     loss, count, right = sums.tolist()
     mean = loss / max(count, 1)
     extra = {"validation_perplexity": math.exp(min(mean, 700.0))}

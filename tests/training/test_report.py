@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qlm.training_report import smoothed, training_report
-from tests.test_line_chart import SVG, of_class, points_in
+from qlm.training.report import smoothed, training_report
+from tests.training.test_line_chart import SVG, of_class, points_in
 
 RECIPE: dict[str, Any] = {
     "model": "tiny-opt",

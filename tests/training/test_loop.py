@@ -1,6 +1,7 @@
 """What is computed: means over tokens, schedules, precisions."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from qlm import training_loop
 from qlm.errors import CannotCreate, QlmError, Unavailable, UsageError
 from qlm.finetune import finetune
 from qlm.load import load
-from qlm.training_job import Job, Place, choose_precision
-from tests.conftest import files_of, names_below
-from tests.finetune.runs import SAME_SUMS, STEADY, recipe_of, uneven
+from qlm.training import loop as training_loop
+from qlm.training.job import Job, Process, choose_precision
+from tests.conftest import change_json, files_of, names_below
+from tests.training.runs import SAME_SUMS, STEADY, recipe_of, uneven
 
 
 @pytest.mark.parametrize("variant", ["opt", "neox-parallel-rotary-0.25", "bigcode-multi-query"])
@@ -42,7 +43,7 @@ def test_loss_is_the_mean_over_target_tokens(variant: str, copy_of: Callable[...
         validation=str(data), steps=1, adapter={"dropout": 0.0},
     )  # fmt: skip
     result = finetune(recipe)
-    job = Job.open(recipe, Place.here("cpu"))
+    job = Job.open(recipe, Process.here("cpu"))
     plain = load(model, dtype=torch.float32)
 
     def mean(rows: list[dict[str, Any]]) -> tuple[float, int]:
@@ -78,7 +79,7 @@ def test_epochs_end_with_rows_of_no_weight(folder_of: Callable[[str], Path], tmp
         max_length=48, packing=False,
     )  # fmt: skip
     result = finetune(recipe)
-    job = Job.open(recipe, Place.here("cpu"))
+    job = Job.open(recipe, Process.here("cpu"))
     learned = sum(len(row["input_ids"]) - 1 for row in job.rows)
     assert sum(record["tokens"] for record in result.metrics) == 2 * learned
     assert (result.steps, len(job.order), job.order.count(-1)) == (2, 16, 2)
@@ -145,6 +146,23 @@ def test_a_trainer_without_a_method_is_refused(monkeypatch: pytest.MonkeyPatch) 
     training_loop.trainer_class.cache_clear()
     with pytest.raises(Unavailable, match="its Trainer has no _clip_grad_norm"):
         training_loop.trainer_class()
+
+
+def test_a_base_of_other_settings_is_refused_with_what_differs(copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    data, model = uneven(tmp_path), copy_of("opt")
+
+    def run(**settings: Any) -> None:
+        finetune(recipe_of(model, tmp_path / "out", data, quantize={"backend": "nf4", **settings}, steps=1))
+        shutil.rmtree(tmp_path / "out")
+
+    run()
+    line = r"out-base: exists already with another recipe\.quantize\.double_quant: it has False, now it is True; give another output"
+    with pytest.raises(CannotCreate, match=line):
+        run(double_quant=True)
+    change_json(model / "config.json", vocab_size=320, activation_function="gelu")
+    line = r"out-base: exists already, and config\.json has changed since \(SHA-256 \w{12}… then, \w{12}… now\); give another"
+    with pytest.raises(CannotCreate, match=line):
+        run()
 
 
 def test_a_foreign_output_is_refused_before_the_base_is_made(copy_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,172 @@
+"""Decoding with a cache of fixed size, so that a step is the same kernels on the same memory every time: on a GPU it is recorded once as
+a CUDA graph and replayed, without the gaps in which a GPU waits for Python to launch the next kernel.
+
+The model is transformers' own and computes what it always computes; only where keys and values lie, and which of them count, is
+different (a mask over the whole cache in the place of a cache that grows).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlm.errors import Unavailable, UsageError
+
+# Steps before the recording: libraries allocate workspaces and kernels are tuned at their first calls.
+WARM_UP = 3
+# The cache's size is a multiple of this, as attention's kernels like their masks.
+_UNIT = 8
+
+
+# flash-attn takes no mask, and so no cache that is only filled in part.
+_ATTENTIONS = ("sdpa", "eager")
+
+
+def can_decode(model: Any) -> bool:
+    """Whether `StaticDecoder` takes the model: by its attention, and on one device."""
+    return model.config._attn_implementation in _ATTENTIONS and len({p.device for p in model.parameters()}) == 1
+
+
+class StaticDecoder:
+    """Decodes `batch` sequences of one length side by side, without padding.
+
+    Attributes:
+        length: positions that the cache holds, at least those asked for.
+        position: of the next token, the same in all sequences.
+        graph: the recorded step; None on CPUs.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, batch: int, length: int) -> None:
+        """
+        Args:
+            model: a causal language model in evaluation mode, on one device, with eager or SDPA attention.
+        Raises:
+            UsageError: another attention, or several devices. Unavailable: a step cannot be recorded.
+        """
+        from transformers import StaticCache
+
+        attention = model.config._attn_implementation
+        if not can_decode(model):
+            raise UsageError(
+                f"attention: {attention}, on {len({p.device for p in model.parameters()})} devices; steps of fixed shape need one device and "
+                f"{' or '.join(_ATTENTIONS)}"
+            )
+        self.model, self.batch = model, batch
+        # Its own, also while `decoding_with` puts another in its place.
+        self._call = model.forward
+        self.length = -(-length // _UNIT) * _UNIT
+        self.position = 0
+        self.graph: Any = None
+        embedding = model.get_input_embeddings().weight
+        device = embedding.device
+        self._cache: Any = StaticCache(config=model.config, max_cache_len=self.length)
+        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._columns = torch.arange(self.length, device=device)
+        # SDPA's kernels take true and false, eager attention adds what it gets to the scores.
+        self._additive = attention == "eager"
+        self._dtype = embedding.dtype
+        self._forward()  # makes the cache's tensors
+        if device.type == "cuda":
+            self._record(device)
+        self._go_to(0)
+
+    def _record(self, device: torch.device) -> None:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._go_to(0)
+                self._forward()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._go_to(0)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self._logits = self._forward()
+        except RuntimeError as error:
+            raise Unavailable(
+                f"a step of this model cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); decode without: --no-graphs"
+            ) from error
+
+    def _go_to(self, position: int) -> None:
+        """In place: a graph knows the tensors by their addresses. What the cache holds from there on counts no more."""
+        self.position = position
+        self._place.fill_(position)
+        for layer in self._cache.layers:
+            layer.cumulative_length.fill_(position)
+
+    def _forward(self) -> Tensor:
+        """One step on what lies in `_ids` and `_place`: logits [B, V]."""
+        mask = (self._columns <= self._place).expand(self.batch, 1, 1, self.length)
+        if self._additive:
+            mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, torch.finfo(self._dtype).min)
+        found: Tensor = self._call(
+            input_ids=self._ids,
+            position_ids=self._place.expand(self.batch, 1),
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits[:, -1]
+        self._place.add_(1)
+        return found
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Begin anew with ids int64 [B, T]: logits [B, V] of the last."""
+        from transformers import DynamicCache
+
+        # With a cache that grows the prompt's attention is the fast one, over itself alone and without a mask.
+        grown: Any = DynamicCache(config=self.model.config)
+        logits: Tensor = self._call(input_ids=ids, past_key_values=grown, use_cache=True, logits_to_keep=1).logits[
+            :, -1
+        ]
+        self._go_to(0)
+        for fixed, layer in zip(self._cache.layers, grown.layers, strict=True):
+            fixed.update(layer.keys, layer.values)
+        self._go_to(ids.shape[1])
+        return logits
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        """Append ids int64 [B]: logits [B, V], which the next step overwrites on a GPU.
+
+        Raises:
+            UsageError: the cache is full.
+        """
+        if self.position >= self.length:
+            raise UsageError(f"{self.position} tokens: the cache was made for {self.length}; make a longer one")
+        self._ids.copy_(ids[:, None])
+        if self.graph is None:
+            self._logits = self._forward()
+        else:
+            self.graph.replay()
+        self.position += 1
+        return self._logits
+
+    def follow(self, ids: Tensor) -> Tensor:
+        """Logits [B, V] after ids int64 [B, T], all of a sequence so far: the prompt, or one token more than the last time."""
+        if ids.shape[1] == self.position + 1 and self.position:
+            return self.step(ids[:, -1])
+        return self.prefill(ids)
+
+
+@contextmanager
+def decoding_with(decoder: StaticDecoder) -> Iterator[None]:
+    """Inside, transformers' generation loop on the decoder's model, told to use no cache, runs on the decoder."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    def forward(input_ids: Tensor, **others: Any) -> Any:
+        return CausalLMOutputWithPast(logits=decoder.follow(input_ids)[:, None])
+
+    model = decoder.model
+    own = model.forward
+    model.forward = forward
+    try:
+        yield
+    finally:
+        # What was there before may have been an instance's own, accelerate's.
+        model.forward = own

@@ -1,0 +1,78 @@
+"""`qlm bench --device cuda`, its arithmetic on a CPU: what is counted, what is divided by what, what is refused."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import qlm
+from qlm.errors import UsageError
+from qlm.gpu_bench import copy_bandwidth, gpu_bench, weight_bytes
+from qlm.recipe import load_recipe
+from qlm.static_decoder import StaticDecoder
+from tests import tiny_models
+
+module = sys.modules["qlm.gpu_bench"]
+PREFILL, STEP, COPIED = 0.25, 0.125, 1e9
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that moves when the decoder computes."""
+    now = [100.0]
+    for name, seconds in (("prefill", PREFILL), ("step", STEP)):
+        true = getattr(StaticDecoder, name)
+
+        def timed(self: Any, ids: Any, true: Any = true, seconds: float = seconds) -> Any:
+            now[0] += seconds
+            return true(self, ids)
+
+        monkeypatch.setattr(StaticDecoder, name, timed)
+    monkeypatch.setattr(module, "copy_bandwidth", lambda device: COPIED)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+@pytest.mark.usefixtures("clock")
+def test_figures(folder_of: Callable[[str], Path]) -> None:
+    found = gpu_bench(
+        folder_of("opt"), prompt_tokens=7, new_tokens=5, batch=2, repeats=3, device="cpu", dtype="float32"
+    )
+    assert (found.model, found.batch, found.prompt_tokens, found.new_tokens, found.repeats) == ("opt", 2, 7, 5, 3)
+    assert (found.prefill_ms, found.decode_ms_per_token, found.decode_tokens_per_s) == (250.0, 62.5, 16.0)
+    assert found.read_gb_per_s == pytest.approx(found.weight_bytes_per_token / STEP / 1e9)
+    assert found.copy_share == pytest.approx(found.weight_bytes_per_token / STEP / COPIED)
+    assert (found.device, found.dtype, found.recorded, found.peak_gpu_gb) == ("cpu", "float32", False, 0.0)
+    assert found.to_json()["decode_ms_per_token"] == 62.5
+
+
+def test_bytes_of_a_step(folder_of: Callable[[str], Path], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Tied heads are read, embeddings that are no head are not; scales of NF4 blocks are."""
+    tied, untied = tiny_models.build("opt"), tiny_models.build("neox-parallel-rotary-0.25")
+    everything = {id(p): p.nbytes for p in tied.parameters()}
+    positions = tied.model.decoder.embed_positions.weight.nbytes
+    assert weight_bytes(tied) == sum(everything.values()) + sum(b.nbytes for b in tied.buffers()) - positions
+    whole = sum(t.nbytes for t in (*untied.parameters(), *untied.buffers()))
+    assert weight_bytes(untied) == whole - untied.gpt_neox.embed_in.weight.nbytes
+    quantized = qlm.quantize(load_recipe(recipe_file(folder_of("opt"), tmp_path / "out", "nf4")))
+    model = qlm.load(quantized.output, dtype=torch.float32)
+    packed = sum(
+        m.weight.nbytes + m.weight.quant_state.absmax.nbytes for m in model.modules() if type(m).__name__ == "Nf4Linear"
+    )
+    floats = sum(p.nbytes for p in {id(p): p for p in model.parameters() if p.dtype == torch.float32}.values())
+    assert packed
+    assert weight_bytes(model) == packed + floats - model.model.decoder.embed_positions.weight.nbytes
+
+
+def test_a_copy_takes_time() -> None:
+    assert 1e7 < copy_bandwidth(torch.device("cpu"), 1) < 1e13
+
+
+def test_what_does_not_fit(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match=r"60 [+] 60 tokens: the model has"):
+        gpu_bench(folder_of("opt"), prompt_tokens=60, new_tokens=60, device="cpu")
+    with pytest.raises(UsageError, match="batch 0"):
+        gpu_bench(folder_of("opt"), batch=0, device="cpu")

@@ -1,0 +1,127 @@
+"""Steps of fixed shape: the same logits as transformers' own with a cache that grows, the same texts, and nothing that waits for a GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qlm
+from qlm.errors import UsageError
+from qlm.generate import generate
+from qlm.recipe import load_recipe
+from qlm.static_decoder import StaticDecoder, can_decode, decoding_with
+from tests import tiny_models
+from tests.conftest import FAMILIES
+from tests.test_generate import PROMPT, pair
+
+# fp32 sums in another order, logits of size 1.
+TOLERANCE = 1e-5
+# What would make the host wait for the GPU, or cannot be recorded.
+WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+
+
+def by_hand(model: Any, ids: Tensor, tokens: int) -> tuple[list[Tensor], Tensor]:
+    """Logits after each of the greedy tokens, every one computed from the whole sequence."""
+    found = []
+    with torch.no_grad():
+        for _ in range(tokens):
+            found.append(model(input_ids=ids, use_cache=False).logits[:, -1])
+            ids = torch.cat([ids, found[-1].argmax(-1, keepdim=True)], 1)
+    return found, ids
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_logits(variant: str, attention: str) -> None:
+    model = tiny_models.build(variant)
+    model.set_attn_implementation(attention)
+    decoder = StaticDecoder(model, 2, 20)
+    # Again from another prompt: what the cache held before counts no more.
+    for prompt in (tiny_models.token_ids(2, 9), tiny_models.token_ids(2, 13)[:, 3:]):
+        wanted, ids = by_hand(model, prompt, 8)
+        for index, logits in enumerate(wanted):
+            found = decoder.follow(ids[:, : prompt.shape[1] + index])
+            assert (found - logits).abs().max() < TOLERANCE
+            assert decoder.position == prompt.shape[1] + index
+
+
+@pytest.mark.parametrize("backend", ["int8", "nf4", "gptq"])
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_backends(
+    variant: str, backend: str, folder_of: Callable[[str], Path], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every token's activations are rounded by themselves, so that a step alone is the same as one among others."""
+    quantized = qlm.quantize(load_recipe(recipe_file(folder_of(variant), tmp_path / "out", backend)))
+    model = qlm.load(quantized.output, dtype=torch.float32)
+    wanted, ids = by_hand(model, tiny_models.token_ids(1, 6), 6)
+    decoder = StaticDecoder(model, 1, 12)
+    for index, logits in enumerate(wanted):
+        # int8 activations: a last bit may move one by a step.
+        assert (decoder.follow(ids[:, : 6 + index]) - logits).abs().max() < 2e-2 * logits.std()
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_step_waits_for_nothing(variant: str, attention: str) -> None:
+    """No value of a tensor is asked for: on a GPU that would end the recording."""
+    model = tiny_models.build(variant)
+    model.set_attn_implementation(attention)
+    decoder = StaticDecoder(model, 1, 16)
+    decoder.prefill(tiny_models.token_ids(1, 4))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        decoder._forward()
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::embedding" in called
+    assert not called & WAITS
+
+
+@pytest.mark.parametrize(
+    "options", [{"greedy": True}, {"seed": 3, "temperature": 1.3, "top_k": 20, "num_return_sequences": 3}]
+)
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_generate(variant: str, options: dict[str, Any]) -> None:
+    model, tokenizer = pair(variant)
+    wanted = generate(model, tokenizer, PROMPT, max_new_tokens=24, graphs=False, **options)
+    steps: list[int] = []
+    true = StaticDecoder.step
+
+    def counted(self: StaticDecoder, ids: Tensor) -> Tensor:
+        steps.append(len(ids))
+        return true(self, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StaticDecoder, "step", counted)
+        assert generate(model, tokenizer, PROMPT, max_new_tokens=24, graphs=True, **options) == wanted
+    assert 0 < len(steps) <= 23
+    assert set(steps) == {options.get("num_return_sequences", 1)}
+    # The model is itself again.
+    assert generate(model, tokenizer, PROMPT, max_new_tokens=24, graphs=False, **options) == wanted
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model = tiny_models.build(FAMILIES[0])
+    decoder, ids = StaticDecoder(model, 1, 8), tiny_models.token_ids(1, 4)
+    before = model(ids).logits
+    with pytest.raises(KeyboardInterrupt), decoding_with(decoder):
+        raise KeyboardInterrupt
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_full_cache() -> None:
+    decoder = StaticDecoder(tiny_models.build(FAMILIES[0]), 1, 6)
+    assert decoder.length == 8
+    decoder.prefill(tiny_models.token_ids(1, 7))
+    decoder.step(torch.tensor([3]))
+    with pytest.raises(UsageError, match="8 tokens: the cache was made for 8"):
+        decoder.step(torch.tensor([3]))
+
+
+def test_what_it_does_not_take() -> None:
+    model = tiny_models.build(FAMILIES[0])
+    model.config._attn_implementation = "flash_attention_2"
+    assert not can_decode(model)
+    with pytest.raises(UsageError, match="flash_attention_2"):
+        StaticDecoder(model, 1, 8)
