@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qlm
 from qlm.arch import FAMILIES as SPECS
-from qlm.arch import FamilySpec
+from qlm.arch import HEADS, FamilySpec
 from qlm.calibrate import calibration_windows, read_text
 from qlm.checkpoint import manifest
 from qlm.checkpoint.reader import Checkpoint
@@ -496,6 +497,7 @@ def test_changed_input_is_seen(copy_of: Folder, tmp_path: Path, recipe: Callable
 MEASURE = """
 import sys
 import torch
+import transformers
 torch.set_num_threads(1)
 import qlm
 from qlm.recipe import load_recipe
@@ -573,3 +575,33 @@ def test_the_next_block_is_on_its_way_before_one_is_quantized(
     assert order[:3] == ["quantize 0", "1", "quantize 1"]
     # After the last block there is nothing more to ask for.
     assert order[-2:] == ["", "quantize 2"]
+
+
+@pytest.mark.parametrize("backend", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("variant", "task"),
+    [
+        ("opt", "SequenceClassification"), ("opt", "QuestionAnswering"),
+        ("neox-parallel-rotary-0.25", "TokenClassification"), ("bigcode-multi-query", "SequenceClassification"),
+    ],
+)  # fmt: skip
+def test_transformers_starts_a_head_on_a_quantized_base(
+    variant: str, task: str, backend: str, folder_of: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """A new head in floats, and below it what qlm computes: other software quantizes a head that the config does not name."""
+    recipe = parse_recipe(recipe_text(folder_of(variant), tmp_path / "out", backend, text_file), "r.yaml")
+    folder = qlm.quantize(recipe).output
+    mine = qlm.load(folder, task="base", dtype=torch.float32)
+    theirs = getattr(transformers, f"{type(mine).__name__.removesuffix('Model')}For{task}").from_pretrained(folder)
+    for name, module in theirs.named_children():
+        if name in HEADS.values():
+            assert type(module) is torch.nn.Linear
+            assert module.weight.is_floating_point()
+            break
+    else:
+        raise AssertionError("no head")
+    ids = tiny_models.token_ids(1)
+    with torch.no_grad():
+        found, wanted = theirs(ids, output_hidden_states=True).hidden_states[-1], mine(ids).last_hidden_state
+    # In fp16 there; int8 activations to a step here and there; bitsandbytes rounds absmax to bf16 on some CPUs.
+    assert (found.float() - wanted).abs().mean() < 0.02 * wanted.std()

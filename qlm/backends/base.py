@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qlm.arch import HEADS
 from qlm.errors import DataError
 from qlm.formats.layout import TensorLayout
 from qlm.kernels import activations
@@ -164,6 +165,12 @@ def activations_of(model: nn.Module) -> str:
     """What the model's linears do with activations, here and now: "float", "int8 in groups of 128", or several of these."""
     formats = [getattr(module, "activation_format", None) for module in model.modules()]
     return activations.together({str(format()) for format in formats if callable(format)})
+
+
+def with_heads(left_out: Sequence[str]) -> list[str]:
+    """The linears that stay floats, and the heads of all tasks: other software quantizes a head that is not named, one that it starts anew
+    on this checkpoint's base among them."""
+    return list(dict.fromkeys([*left_out, *HEADS.values()]))
 
 
 def only_format(scheme: Scheme, fact: str) -> Any:

@@ -26,6 +26,7 @@ from qlm.backends.base import (
     refused,
     relative_error,
     row_squares,
+    with_heads,
 )
 from qlm.backends.target import bias_shift_of, target_of
 from qlm.formats import int8
@@ -200,7 +201,7 @@ class Int8Backend:
             "format": int8.FORMAT,
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-            "ignore": list(left_out),
+            "ignore": with_heads(left_out),
         }
         return Description(config, {})
 

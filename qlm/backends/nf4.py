@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlm.arch import HEADS
 from qlm.backends.base import (
     Description,
     QuantizedLinear,
@@ -24,6 +23,7 @@ from qlm.backends.base import (
     refused,
     relative_error,
     row_squares,
+    with_heads,
 )
 from qlm.backends.nf4_linear import make_nf4_linear
 from qlm.backends.target import bias_shift_of, target_of
@@ -166,14 +166,12 @@ class Nf4Backend:
         return make_nf4_linear(tensors["weight"], quantization_state, bias, shape, dtype)
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
-        # transformers would quantize a head that is not named here, one that it starts anew for another task among them.
-        skipped = list(dict.fromkeys([*left_out, *HEADS.values()]))
         config = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True, "load_in_8bit": False,
             "_load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_use_double_quant": only_format(scheme, "double_quant"), "bnb_4bit_compute_dtype": "bfloat16",
             "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False, "llm_int8_threshold": 6.0,
-            "llm_int8_skip_modules": skipped,
+            "llm_int8_skip_modules": with_heads(left_out),
         }  # fmt: skip
         return Description(config, {})
 
