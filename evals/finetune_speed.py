@@ -116,7 +116,7 @@ def text_for(checkpoint: Path, file: Path, options: argparse.Namespace) -> Path:
 
 
 def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    checkpoint = write_checkpoint(work, options.shape)
+    checkpoint = write_checkpoint(work, options.shape, options.device)
     text = text_for(checkpoint, work / "text.txt", options)
     outputs = {"qlm": work / "qlm", "peer": work / "peer"}
     recipe_file = work / "recipe.json"

@@ -5,7 +5,8 @@
 
 Random-weight models of every variant of the three families (tests/tiny_models.py), each task class, each backend, each attention
 implementation, in float32, bfloat16 and float16, against the CPU's float32 result of the same folder; the three ops and the
-backends' modules, forward and backward; and GPTQ, NF4 and int8 quantized on the GPU against quantized on the CPU.
+backends' modules, forward and backward; the Triton kernels one by one, in every configuration that may be chosen, twice to the bit and
+in a CUDA graph; and GPTQ, NF4 and int8 quantized on the GPU against quantized on the CPU.
 
 A difference is the largest absolute one, in units of the reference's root mean square. The tolerances below say how large it may be
 and why. The CPU computes with float activations, as the GPU does, not with the int8 ones of its kernels of 4-bit formats. What cannot
@@ -261,20 +262,27 @@ def int8_op(O: int, I: int, symmetric: bool, x: Tensor, device: str) -> Tensor:
     return int8_linear(x, weight, scale, int8_row_sum(weight), bias, symmetric)
 
 
-def gptq_op(O: int, I: int, bits: int, v2: bool, shuffled: bool, x: Tensor, device: str) -> Tensor:
-    from qlm.kernels.ops import gptq_linear
+def gptq_tensors(O: int, I: int, bits: int, v2: bool, shuffled: bool, group_size: int = 32) -> tuple[Tensor, ...]:
+    """qweight, qzeros, scales, g_idx; scattered groups, as act order leaves them, if `shuffled`."""
     from qlm.numerics.packing import encode_zero_points, pack_rows
 
     generator = torch.Generator().manual_seed(3)
-    groups = I // 32
+    groups = -(-I // group_size)
     codes = torch.randint(0, 2**bits, (I, O), generator=generator).to(torch.uint8)
     zeros = torch.randint(1, 2**bits, (groups, O), generator=generator).to(torch.int32)
     scales = (torch.rand(groups, O, generator=generator) * 0.02 + 0.002).to(torch.float16)
-    g_idx = (torch.randperm(I, generator=generator) if shuffled else torch.arange(I)) // 32
-    tensors = [
-        pack_rows(codes, bits), encode_zero_points(zeros, bits, "gptq_v2" if v2 else "gptq"), scales, g_idx.to(torch.int32)
-    ]  # fmt: skip
-    bias = torch.randn(O, generator=generator).to(device=device, dtype=x.dtype)
+    g_idx = (torch.randperm(I, generator=generator) if shuffled else torch.arange(I)) // group_size
+    qzeros = encode_zero_points(zeros, bits, "gptq_v2" if v2 else "gptq")
+    return pack_rows(codes, bits), qzeros, scales, g_idx.to(torch.int32)
+
+
+def gptq_op(
+    O: int, I: int, bits: int, v2: bool, shuffled: bool, x: Tensor, device: str, group_size: int = 32
+) -> Tensor:
+    from qlm.kernels.ops import gptq_linear
+
+    tensors = gptq_tensors(O, I, bits, v2, shuffled, group_size)
+    bias = torch.randn(O, generator=torch.Generator().manual_seed(3)).to(device=device, dtype=x.dtype)
     return gptq_linear(x, *(tensor.to(device) for tensor in tensors), bias, bits=bits, v2=v2)
 
 
@@ -312,6 +320,137 @@ def check_module(backend: str, tokens: int, dtype: str, device: str) -> Result:
     special = {"int8": INT8_LAYER_TOLERANCE, "quanto": QUANTO_LAYER_TOLERANCE}
     tolerance = special.get(backend.partition("-")[0], LAYER_TOLERANCE)[dtype]
     return check_layer(partial(backend_module, backend, 256, 128), 128, tokens, dtype, device, tolerance)
+
+
+# The Triton kernels -----------------------------------------------------------------------------------------------------
+
+
+def the_gpu(device: str) -> Any:
+    """What qlm's Triton kernels know of the GPU; fails where the torch reference would compute, unseen."""
+    from qlm.kernels import cuda_ops
+
+    if not device.startswith("cuda"):
+        raise NotRun("only a GPU has Triton kernels")
+    index = torch.device(device).index or 0
+    gpu = cuda_ops._gpu(index)
+    if gpu is None:
+        raise ValueError(f"the torch reference computes here: {cuda_ops.why_not(index)}")
+    return gpu
+
+
+def largest(pairs: dict[str, float], tolerance: float) -> Result:
+    """The largest of some differences, and whose it is."""
+    name = max(pairs, key=lambda key: pairs[key])
+    if pairs[name] > tolerance:
+        raise ValueError(f"{name} differs by {pairs[name]}; {tolerance} is allowed")
+    return Result(pairs[name], tolerance, {"compared": len(pairs)})
+
+
+def check_gptq_kernels(bits: int, shuffled: bool, group_size: int, dtype: str, device: str) -> Result:
+    """Every configuration of every kernel, of which the op uses one, against a float64 product on the CPU."""
+    from qlm.kernels import cuda_ops, ops
+    from qlm.kernels.cuda import gptq
+
+    gpu = the_gpu(device)
+    tensors = [tensor.to(device) for tensor in gptq_tensors(768, 1024, bits, False, shuffled, group_size)]
+    weight = ops.dequantize_gptq(*(tensor.cpu() for tensor in tensors), bits, False).double().t()
+    kept = cuda_ops._gptq_layer(*tensors, bits, False, ops._zero_points)
+    layer = cuda_ops._in_file_order(kept, tensors[0], tensors[2], tensors[3], bits)
+    found = {"dequantize": difference(gptq.dequantize(layer, DTYPES[dtype]), weight)}
+    if kept.order is not None:
+        layer = gptq.Layer(kept.words, tensors[2], kept.zero_point, kept.g_idx, bits, kept.group_size)
+    for rows in (1, 3, 16, 17, 64, 200):
+        x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(rows)).to(DTYPES[dtype])
+        given = x.to(device) if kept.order is None else x.to(device).index_select(1, kept.order)
+        ways = [(gptq.matvec, how) for how in gptq.MATVEC] if rows <= cuda_ops.MATVEC_ROWS else []
+        if gpu.tensor_cores and dtype != "float32":
+            ways += [(gptq.matmul, how) for how in gptq.matmul_configs(rows)]
+        for kernel, how in ways:
+            y = kernel(given, layer, None, how, gpu.multiprocessors)
+            found[f"{kernel.__name__}, {rows} rows, {how}"] = difference(y, x.double() @ weight)
+    return largest(found, LAYER_TOLERANCE[dtype])
+
+
+def check_int8_kernels(symmetric: bool, dtype: str, device: str) -> Result:
+    """The same for int8, whose codes, scales and zero points are the CPU's to the bit, and whose outputs are one rounding away."""
+    from qlm.kernels import cuda_ops, ops
+    from qlm.kernels.cuda import int8
+
+    gpu = the_gpu(device)
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randint(-127, 128, (768, 1104), dtype=torch.int8, generator=generator)
+    scale, bias = torch.rand(768, 1, generator=generator) * 1e-3, torch.randn(768, generator=generator)
+    row_sum = ops.int8_row_sum(weight)
+    found = {}
+    for rows in (1, 3, 16, 17, 64, 200):
+        x = (torch.randn(rows, 1104, generator=generator) * 3).to(DTYPES[dtype])
+        expected = ops.int8_linear_reference(x.float(), weight, scale, row_sum, bias, symmetric)
+        tokens = int8.quantize(x.to(device), symmetric)
+        for ours, theirs in zip(tokens, ops.quantize_activation_per_token(x, symmetric), strict=True):
+            if not torch.equal(ours.cpu().flatten(), theirs.flatten()):
+                raise ValueError("activations are quantized to other numbers than on the CPU")
+        layer = int8.Layer(*(t.to(device) for t in (weight, scale, row_sum, bias)), DTYPES[dtype])
+        ways = [(int8.matvec, how) for how in int8.MATVEC] if rows <= cuda_ops.MATVEC_ROWS else []
+        if gpu.tensor_cores:
+            ways += [(int8.matmul, how) for how in int8.matmul_configs(rows)]
+        for kernel, how in ways:
+            y = kernel(tokens, layer, how, gpu.multiprocessors)
+            found[f"{kernel.__name__}, {rows} rows, {how}"] = difference(y, expected)
+    dequantized = int8.dequantize(layer.weight, layer.scale, DTYPES[dtype])
+    found["dequantize"] = difference(dequantized, weight.double() * scale.double())
+    return largest(found, LAYER_TOLERANCE[dtype])
+
+
+def check_repeated(
+    run: Callable[[Tensor, str], Tensor], in_features: int, tokens: int, dtype: str, device: str
+) -> Result:
+    """The same bytes twice, and in a CUDA graph that is replayed with another x."""
+    the_gpu(device)
+    x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
+    first, second = run(x, device), run(x * 2, device)
+    if not torch.equal(first, run(x, device)):
+        raise ValueError("two calls differ")
+    given, graph = x.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(given, device)
+    given.copy_(x * 2)
+    graph.replay()
+    return Result(0.0 if torch.equal(captured, second) else float("inf"), 0.0)
+
+
+def kept_on(op: Callable[..., Tensor], *tensors: Tensor, **settings: Any) -> Callable[[Tensor, str], Tensor]:
+    """`run(x, device)` of a layer that is moved once: a graph may not copy from the CPU, and what is kept of a layer hangs on its tensors."""
+    moved: list[Tensor] = []
+
+    def run(x: Tensor, device: str) -> Tensor:
+        moved.extend(tensor.to(device) for tensor in tensors[len(moved) :])
+        return op(x, *moved, **settings)
+
+    return run
+
+
+def kernel_checks(device: str, dtypes: tuple[str, ...]) -> Iterator[Check]:
+    from qlm.kernels.ops import gptq_linear, int8_linear, int8_row_sum
+
+    for dtype in dtypes:
+        for bits in (2, 3, 4, 8):
+            for shuffled, group_size in ((False, 128), (True, 128), (False, 32), (False, 1024), (False, 384)):
+                name = f"kernels gptq {bits}-bit group {group_size}{' shuffled' if shuffled else ''} {dtype}"
+                yield name, partial(check_gptq_kernels, bits, shuffled, group_size, dtype, device)
+        for symmetric in (False, True):
+            name = f"kernels int8 {'symmetric' if symmetric else 'asymmetric'} {dtype}"
+            yield name, partial(check_int8_kernels, symmetric, dtype, device)
+        for tokens in (1, 16, 17, 300):
+            for shuffled in (False, True):
+                run = kept_on(gptq_linear, *gptq_tensors(768, 1024, 4, False, shuffled, 128), bits=4, v2=False)
+                name = f"repeated gptq 4-bit{' shuffled' if shuffled else ''} tokens {tokens} {dtype}"
+                yield name, partial(check_repeated, run, 1024, tokens, dtype, device)
+            weight = torch.randint(-127, 128, (768, 1024), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
+            run = kept_on(int8_linear, weight, torch.full((768, 1), 1e-3), int8_row_sum(weight))
+            yield f"repeated int8 tokens {tokens} {dtype}", partial(check_repeated, run, 1024, tokens, dtype, device)
+
+
+# Quantizing -------------------------------------------------------------------------------------------------------------
 
 
 def codes_of(folder: Path) -> dict[str, Tensor]:
@@ -394,7 +533,7 @@ def all_checks(checkpoints: Checkpoints, device: str, few: bool) -> Iterator[Che
     attentions = ("sdpa", "eager", "flash_attention_2")
 
     for dtype in dtypes:
-        for tokens in (33,) if few else (1, 33):
+        for tokens in (33,) if few else (1, 3, 16, 17, 33, 300):
             exact, int8_tolerance = LAYER_TOLERANCE[dtype], INT8_LAYER_TOLERANCE[dtype]
             for O, I in (
                 (256, 128),
@@ -405,15 +544,22 @@ def all_checks(checkpoints: Checkpoints, device: str, few: bool) -> Iterator[Che
                     name = f"op int8 {O}x{I} {'symmetric' if symmetric else 'asymmetric'} tokens {tokens} {dtype}"
                     yield name, partial(check_layer, run, I, tokens, dtype, device, int8_tolerance)
             for bits in (2, 3, 4, 8):
-                for v2, shuffled in ((False, False), (True, True)):
-                    run = partial(gptq_op, 256, 128, bits, v2, shuffled)
-                    name = f"op gptq {bits}-bit {'v2 shuffled' if v2 else 'v1'} tokens {tokens} {dtype}"
-                    yield name, partial(check_layer, run, 128, tokens, dtype, device, exact)
+                for v2, shuffled, I, size in (
+                    (False, False, 128, 32),
+                    (True, True, 128, 32),
+                    (False, False, 1056, 384),
+                ):
+                    run = partial(gptq_op, 256, I, bits, v2, shuffled, group_size=size)
+                    how = f"{'v2 shuffled' if v2 else 'v1'} group {size}"  # of 384 the last has 288 in features
+                    name = f"op gptq {bits}-bit {how} tokens {tokens} {dtype}"
+                    yield name, partial(check_layer, run, I, tokens, dtype, device, exact)
             run = partial(nf4_op, 256, 128)
             yield f"op nf4 tokens {tokens} {dtype}", partial(check_layer, run, 128, tokens, dtype, device, exact)
-            for backend in backends:
+            for backend in backends if tokens in (1, 33) else ():
                 name = f"module {backend} tokens {tokens} {dtype}"
                 yield name, partial(check_module, backend, tokens, dtype, device)
+
+    yield from kernel_checks(device, dtypes)
 
     def model(variant: str, task: str, backend: str, attention: str, dtype: str) -> Check:
         name = f"model {variant} {task} {backend} {attention} {dtype}"

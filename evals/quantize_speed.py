@@ -2,11 +2,13 @@
 
     python evals/quantize_speed.py opt-125m --samples 32 --length 512 --peer-python PATH --repeats 3 --out evals/results
     python evals/quantize_speed.py opt-1.3b --only-memory          the checkpoint's size beside the peak of quantizing it
+    python evals/quantize_speed.py opt-6.7b --device cuda --samples 128 --length 2048 --repeats 1 --out evals/results   on a GPU
 
 PATH is the python of an environment with gptqmodel (evals/peer_gptqmodel.py). Every run is a process of its own. Both sides get the
 same windows of token ids; both times go from opening the checkpoint to the last byte written, imports excepted; the peer's time
 without loading and saving stands beside them. Speed does not depend on the weights' values, so random ones will do; quality does,
-and nothing is said about it here. The last line printed is JSON.
+and nothing is said about it here. On a GPU qlm runs alone, and the most that torch allocated there stands beside the time. `--blocks N` takes
+only so many of the shape's blocks: each costs the same, so that a few say how long all of them will take. The last line printed is JSON.
 """
 
 import argparse
@@ -18,12 +20,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from shared import ROOT, cpu_name, slug, status_bytes, use_checkout, versions, write_byte_tokenizer, write_json
+from shared import (
+    ROOT,
+    cpu_name,
+    driver_version,
+    slug,
+    status_bytes,
+    use_checkout,
+    versions,
+    write_byte_tokenizer,
+    write_json,
+)
+
+NO_GPU = 69
 
 # The published configs, as far as they differ from transformers' defaults.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +57,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
          "word_embed_proj_dim": 2048},
     ),
+    "opt-6.7b": (
+        "OPT",
+        {"hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "word_embed_proj_dim": 4096},
+    ),
     "pythia-1.4b": (
         "GPTNeoX",
         {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
@@ -53,6 +72,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 50304, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
          "num_attention_heads": 16, "bos_token_id": 0, "eos_token_id": 0},
     ),
+    "pythia-6.9b": (
+        "GPTNeoX",
+        {"vocab_size": 50432, "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "bos_token_id": 0, "eos_token_id": 0},
+    ),
     "santacoder-1.1b": (
         "GPTBigCode",
         {"vocab_size": 49280, "n_embd": 2048, "n_inner": 8192, "n_layer": 24, "n_head": 16, "n_positions": 2048,
@@ -61,31 +85,48 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write_checkpoint(folder: Path, shape: str) -> Path:
-    """A checkpoint of that shape: fp16 weights N(0, 0.02), a tokenizer of bytes. Kept between calls."""
+def config_of(shape: str | tuple[str, Mapping[str, Any]], blocks: int | None = None) -> Any:
+    """transformers' config of a shape, by its name here or as it would stand here; with fewer blocks if told so."""
+    import transformers
+
+    family, changes = SHAPES[shape] if isinstance(shape, str) else shape
+    config = getattr(transformers, f"{family}Config")(**changes)
+    if blocks is not None:
+        # Under its common name, which every family's config understands.
+        config.num_hidden_layers = blocks
+    return config
+
+
+def write_checkpoint(folder: Path, shape: str, device: str = "cpu", blocks: int | None = None) -> Path:
+    """A checkpoint of that shape: fp16 weights N(0, 0.02), drawn on the device, a tokenizer of bytes. Kept between calls."""
     import transformers
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    path = folder / shape
+    path = folder / (shape if blocks is None else f"{shape}-{blocks}-blocks")
     if (path / "config.json").exists():
         return path
-    family, changes = SHAPES[shape]
-    config = getattr(transformers, f"{family}Config")(**changes)
+    family = SHAPES[shape][0]
+    config = config_of(shape, blocks)
     model_class: Any = getattr(transformers, f"{family}ForCausalLM")
     # A skeleton first: building it for real would draw every weight twice, in fp32.
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = model_class(config)
-    generator = torch.Generator().manual_seed(0)
+    # Seven billion numbers take a CPU minutes, and a GPU less than writing them does.
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         is_norm = parameter.ndim == 1 and leaf == "weight"
-        values = torch.empty(parameter.shape, dtype=torch.float16).normal_(float(is_norm), 0.02, generator=generator)
+        values = torch.empty(parameter.shape, dtype=torch.float16, device=device)
+        values = values.normal_(float(is_norm), 0.02, generator=generator).cpu()
         model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
+    if device != "cpu":
+        # For those who come after, in processes of their own.
+        torch.cuda.empty_cache()
     model.tie_weights()
     path.mkdir(parents=True, exist_ok=True)
     write_byte_tokenizer(path, config.vocab_size, bos_first=family == "OPT")
-    unfinished = folder / f"{shape}.unfinished"
+    unfinished = folder / f"{path.name}.unfinished"
     model.save_pretrained(unfinished, max_shard_size="2GB")
     # config.json last: its presence says that the rest is there.
     for file in sorted(unfinished.iterdir(), key=lambda f: f.name == "config.json"):
@@ -125,7 +166,7 @@ def write_windows(checkpoint: Path, file: Path, options: argparse.Namespace) -> 
     file.write_text(json.dumps(windows.tolist()))
 
 
-def worker(recipe_file: Path, threads: int) -> None:
+def worker(recipe_file: Path, threads: int, device: str) -> None:
     """One qlm run in this process; prints what it took."""
     import transformers
 
@@ -138,16 +179,22 @@ def worker(recipe_file: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     imported = status_bytes("VmRSS")
     start = time.perf_counter()
-    quantize(Recipe.model_validate_json(recipe_file.read_text()))
+    quantize(Recipe.model_validate_json(recipe_file.read_text()), device=device)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_rss_bytes": status_bytes("VmHWM"), "imports_rss_bytes": imported}))
+    found = {"seconds": seconds, "peak_rss_bytes": status_bytes("VmHWM"), "imports_rss_bytes": imported}
+    if device != "cpu":
+        found |= {
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_gpu_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    print(json.dumps(found))
 
 
-def run(command: list[str], threads: int) -> dict[str, float]:
+def run(command: list[str], threads: int, device: str = "cpu") -> dict[str, float]:
     """The JSON of the last line that the command prints."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
     }  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     try:
@@ -166,6 +213,8 @@ def summary_of(runs: list[dict[str, float]]) -> dict[str, float]:
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("shape", choices=SHAPES)
+    arguments.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    arguments.add_argument("--blocks", type=int, help="take only so many of the shape's blocks")
     arguments.add_argument("--samples", type=int, default=32, help="calibration windows")
     arguments.add_argument("--length", type=int, default=512, help="tokens in a window")
     arguments.add_argument("--bits", type=int, default=4)
@@ -179,13 +228,21 @@ def main() -> int:
     )
     arguments.add_argument("--work", type=Path, help="folder for checkpoints and outputs; checkpoints stay there")
     arguments.add_argument(
-        "--out", type=Path, help="folder for quantize_speed-gptq-SHAPE.json or quantize_speed-memory-SHAPE.json"
+        "--out",
+        type=Path,
+        help="folder for quantize_speed-gptq-SHAPE.json or quantize_speed-memory-SHAPE.json; GPU's name behind",
     )
-    if len(sys.argv) == 4 and sys.argv[1] == "--worker":
+    if len(sys.argv) == 5 and sys.argv[1] == "--worker":
         use_checkout()
-        worker(Path(sys.argv[2]), int(sys.argv[3]))
+        worker(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
         return 0
     options = arguments.parse_args()
+    if options.device != "cpu":
+        if not torch.cuda.is_available():
+            print("quantize_speed: torch sees no CUDA GPU here; nothing was measured", file=sys.stderr)
+            return NO_GPU
+        if options.peer_python is not None:
+            raise SystemExit("--peer-python: the peer runs on the CPU only; leave it out on a GPU")
     use_checkout()
     import transformers
 
@@ -197,19 +254,27 @@ def main() -> int:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
     if options.out is not None:
-        kind = "memory" if options.only_memory else "gptq"
-        write_json(options.out / f"quantize_speed-{kind}-{slug(options.shape)}.json", report)
+        parts = ["memory" if options.only_memory else "gptq", options.shape]
+        if options.blocks is not None:
+            parts.append(f"{options.blocks} blocks")
+        if report["gpu"] is not None:
+            parts.append(report["gpu"])
+        write_json(options.out / f"quantize_speed-{slug(' '.join(parts))}.json", report)
     print(json.dumps({key: value for key, value in report.items() if key not in ("runs", "versions")}))
     return 0
 
 
 def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    checkpoint = write_checkpoint(work, options.shape)
+    began = time.perf_counter()
+    checkpoint = write_checkpoint(work, options.shape, options.device, options.blocks)
+    print(f"checkpoint: {time.perf_counter() - began:.1f} s", flush=True)
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     output, recipe_file, windows = work / "qlm-output", work / "recipe.json", work / "windows.json"
     recipe_file.write_text(json.dumps(recipe(checkpoint, output, options)))
-    here = [sys.executable, str(Path(__file__).resolve()), "--worker", str(recipe_file), str(options.threads)]
-    sides: dict[str, Callable[[], dict[str, float]]] = {"qlm": lambda: run(here, options.threads)}
+    here = [
+        sys.executable, str(Path(__file__).resolve()), "--worker", str(recipe_file), str(options.threads), options.device,
+    ]  # fmt: skip
+    sides: dict[str, Callable[[], dict[str, float]]] = {"qlm": lambda: run(here, options.threads, options.device)}
     if options.peer_python is not None and not options.only_memory:
         write_windows(checkpoint, windows, options)
         there = [
@@ -233,17 +298,27 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
                 shutil.rmtree(left_over, ignore_errors=True)
             runs[side].append(once())
             found = runs[side][-1]
+            on_gpu = f"   GPU {found['peak_gpu_bytes'] / 2**20:8.0f} MiB" if "peak_gpu_bytes" in found else ""
             print(
-                f"run {repeat + 1} {side:5} {found['seconds']:8.1f} s   peak {found['peak_rss_bytes'] / 2**20:8.0f} MiB",
+                f"run {repeat + 1} {side:5} {found['seconds']:8.1f} s   peak {found['peak_rss_bytes'] / 2**20:8.0f} MiB{on_gpu}",
                 flush=True,
             )
+    on_gpu = options.device != "cpu"
     report: dict[str, Any] = {
-        "shape": options.shape, "samples": options.samples, "length": options.length, "bits": options.bits,
+        "shape": options.shape, "device": options.device, "gpu": torch.cuda.get_device_name(options.device) if on_gpu else None,
+        "driver": driver_version() if on_gpu else None, "blocks": options.blocks, "samples": options.samples, "length": options.length, "bits": options.bits,
         "group_size": options.group_size, "threads": options.threads, "cpu": cpu_name(), "checkpoint_bytes": size,
         **{side: summary_of(results) for side, results in runs.items()},
     }  # fmt: skip
     peak = report["qlm"]["peak_rss_bytes"]
     report["peak_over_checkpoint"] = round(peak / size, 3)
+    if on_gpu:
+        report["minutes"] = round(report["qlm"]["seconds"] / 60, 3)
+        report["peak_gpu_gb"] = round(report["qlm"]["peak_gpu_bytes"] / 1e9, 3)
+    if options.blocks is not None:
+        # More than it will be: what comes once, like tokenizing the text, is counted for every block.
+        share = config_of(options.shape).num_hidden_layers / options.blocks
+        report["minutes_of_all_blocks_at_most"] = round(report["qlm"]["seconds"] * share / 60, 3)
     print(
         f"checkpoint {size / 2**20:.0f} MiB, qlm's peak {peak / 2**20:.0f} MiB: {report['peak_over_checkpoint']} of it"
     )

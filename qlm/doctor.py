@@ -14,7 +14,7 @@ from qlm.kernels.ops import kernel
 
 PACKAGES = (
     "qlm", "torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "accelerate", "datasets", "huggingface_hub",
-    "compressed-tensors", "optimum-quanto", "peft", "flash-attn",
+    "compressed-tensors", "optimum-quanto", "peft", "flash-attn", "triton",
 )  # fmt: skip
 CPU_FEATURES = (
     "avx2",

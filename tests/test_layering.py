@@ -71,6 +71,7 @@ DOORS = {
     "bitsandbytes": {"qlm.backends.nf4_linear"},
     "optimum": {"qlm.backends.quanto"},
     "compressed_tensors": set(),
+    "triton": {"qlm.kernels.cuda.gptq", "qlm.kernels.cuda.int8", "qlm.kernels.cuda.tune"},
     "rich": {"qlm.cli", "qlm.report"},
     "typer": {"qlm.cli", "qlm.report"},
     "datasets": {"qlm.calibrate"},
@@ -211,7 +212,16 @@ def test_import_does_nothing(statement: str, tmp_path: Path) -> None:
 
 def test_importing_every_module_sets_nothing(tmp_path: Path) -> None:
     """torch and others do things at import; qlm's own modules change neither environment nor signals, logging or threads."""
-    dependencies = {"torch", "safetensors.torch", "rich.progress", "typer", "pydantic", "ruamel.yaml", "numpy"}
+    dependencies = {
+        "torch",
+        "safetensors.torch",
+        "rich.progress",
+        "typer",
+        "pydantic",
+        "ruamel.yaml",
+        "numpy",
+        "triton",
+    }
     code = "\n".join(f"import {name}" for name in sorted(dependencies)) + IMPORT_DOES_NOTHING % "\n".join(
         f"import {name}" for name in MODULES
     )

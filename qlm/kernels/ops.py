@@ -1,4 +1,4 @@
-"""The three quantized linear ops: schema, shape rule, gradient, torch reference and CPU kernel of each.
+"""The three quantized linear ops: schema, shape rule, gradient, torch reference and kernels of each.
 
     qlm::int8_linear    int8 weights per out feature, int8 activations per token, exact int32 sums
     qlm::gptq_linear    2, 3, 4 or 8-bit weights in groups, GPTQ file layout
@@ -6,8 +6,9 @@
 
 All take `x` of any leading shape (empty ones too) in float32, bfloat16 or float16, and return [..., O] in the same
 dtype, also under autocast: the caller chooses the dtype. Callers use the plain functions of the same names and never
-choose an implementation: on CPUs the library in `cpu/` computes (`cpu_ops.py`), elsewhere, and where it was not built or
-does not take a layer, the torch reference (`int8_linear_reference` and so on), which stays the oracle of the tests.
+choose an implementation: on CPUs the library in `cpu/` computes (`cpu_ops.py`), on NVIDIA GPUs int8 and GPTQ have Triton kernels
+in `cuda/` (`cuda_ops.py`); elsewhere, and where those are not there or do not take a layer, the torch reference
+(`int8_linear_reference` and so on), which stays the oracle of the tests. QLM_KERNELS=reference switches all kernels off.
 Gradients flow to `x` and the bias, computed from the dequantized weight; quantized weights and their scales are constants.
 
 On CPUs the kernels of `gptq_linear` and `nf4_linear` round activations to int8, which the formats do not ask for
@@ -25,7 +26,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from qlm.kernels import activations, cpu_ops
+from qlm.errors import Unavailable
+from qlm.kernels import activations, cpu_ops, cuda_ops
 from qlm.kernels.cpu_ops import float_activations
 
 # int32 holds sum((q - zero_point) * w) over so many in features, with |q - zero_point| <= 255 and |w| <= 127.
@@ -71,13 +73,20 @@ __all__ = [
 _LIBRARY = torch.library.Library("qlm", "FRAGMENT")
 
 
-def _define(reference: Callable[..., torch.Tensor], cpu: Callable[..., torch.Tensor], fake: Callable[..., Any]) -> Any:
-    """The op `qlm::NAME` of `NAME_reference`: `cpu` computes it on CPUs, the reference elsewhere."""
+def _define(
+    reference: Callable[..., torch.Tensor],
+    cpu: Callable[..., torch.Tensor],
+    fake: Callable[..., Any],
+    cuda: Callable[..., torch.Tensor] | None = None,
+) -> Any:
+    """The op `qlm::NAME` of `NAME_reference`: `cpu` computes it on CPUs, `cuda` on GPUs, the reference elsewhere."""
     name = reference.__name__.removesuffix("_reference")
     schema = torch.library.infer_schema(reference, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"qlm::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.qlm, name).default
 
@@ -93,9 +102,16 @@ def kernel(op: str, device: str, otherwise: str = "torch reference: dequantize, 
             "nf4_linear": activations.in_groups(activations.NF4_GROUP),
         }
         return f"native ({library.isa}), activations {rounded[op]}"
-    if op == "int8_linear":
-        return int8_kernel(device)
-    return otherwise
+    reason = ""
+    if device == "cuda" and op != "nf4_linear":
+        index = torch.cuda.current_device()
+        try:
+            if described := cuda_ops.describe(index):
+                return described
+            reason = f" (no GPU kernels: {cuda_ops.why_not(index)})"
+        except Unavailable as error:
+            return f"none: {error}"
+    return (int8_kernel(device) if op == "int8_linear" else otherwise) + reason
 
 
 # int8 -----------------------------------------------------------------------------------------------------------------
@@ -226,7 +242,20 @@ def _int8_linear_fake(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_int8_linear = _define(int8_linear_reference, _int8_linear_cpu, _int8_linear_fake)
+def _int8_linear_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    row_sum: torch.Tensor,
+    bias: torch.Tensor | None,
+    symmetric_input: bool,
+) -> torch.Tensor:
+    _check_int8(x, weight, weight_scale, row_sum, bias)
+    y = cuda_ops.int8_linear(x, weight, weight_scale, row_sum, bias, symmetric_input)
+    return int8_linear_reference(x, weight, weight_scale, row_sum, bias, symmetric_input) if y is None else y
+
+
+_int8_linear = _define(int8_linear_reference, _int8_linear_cpu, _int8_linear_fake, _int8_linear_cuda)
 
 
 def _int8_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -311,9 +340,13 @@ def gptq_linear(
 
     On CPUs activations are rounded to int8 in groups (`gptq_activations`), with the scale max|x| / 127, and meet the codes
     in exact int32 sums; scales, zero points and sums over groups are float32, whatever x's dtype. A token with NaN or
-    infinite values gives NaN in all its outputs. The first call for a `qweight` decodes the zero points and keeps them, a
-    byte for each group; with groups that are scattered over the in features (act order) also a second, sorted copy of the
-    words; both are freed with `qweight`. Groups of different sizes, or that share 32-bit words, take the reference.
+    infinite values gives NaN in all its outputs. Groups of different sizes, or that share 32-bit words, take the reference.
+
+    On GPUs activations stay as they are. Up to 4 rows (16 where x is float32 or the GPU has no tensor cores that Triton uses) the weight
+    keeps its float32 values, above it is rounded to x's dtype; sums are float32.
+
+    On both the first call for a `qweight` decodes the zero points and keeps them, a byte for each group; with groups that are
+    scattered over the in features (act order) also a second, sorted copy of the words; both are freed with `qweight`.
 
     The reference dequantizes the weight in float32, rounds it to x's dtype and multiplies in it.
 
@@ -404,17 +437,30 @@ def _unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 @torch.library.custom_op("qlm::gptq_weight", mutates_args=())
 def _gptq_weight_op(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int, v2: bool
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    v2: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """`_gptq_weight` for the backward pass, which torch.compile traces and which must not ask for values of `g_idx`."""
-    return _gptq_weight(qweight, qzeros, scales, g_idx, bits, v2)
+    weight = cuda_ops.gptq_weight(qweight, qzeros, scales, g_idx, bits, v2, dtype, _zero_points)
+    return _gptq_weight(qweight, qzeros, scales, g_idx, bits, v2).to(dtype) if weight is None else weight
 
 
 @_gptq_weight_op.register_fake
 def _(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int, v2: bool
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    v2: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    return scales.new_empty(g_idx.shape[0], scales.shape[1], dtype=torch.float32)
+    return scales.new_empty(g_idx.shape[0], scales.shape[1], dtype=dtype)
 
 
 def gptq_activations(
@@ -475,7 +521,23 @@ def _gptq_linear_fake(
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
-_gptq_linear = _define(gptq_linear_reference, _gptq_linear_cpu, _gptq_linear_fake)
+def _gptq_linear_cuda(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    v2: bool,
+) -> torch.Tensor:
+    _check_gptq(qweight, qzeros, scales, g_idx, bits)
+    _check_input("gptq_linear", x, g_idx.shape[0], bias, scales.shape[1])
+    y = cuda_ops.gptq_linear(x, qweight, qzeros, scales, g_idx, bias, bits, v2, _zero_points)
+    return gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bias, bits, v2) if y is None else y
+
+
+_gptq_linear = _define(gptq_linear_reference, _gptq_linear_cpu, _gptq_linear_fake, _gptq_linear_cuda)
 
 
 def _check_gptq(
@@ -638,7 +700,8 @@ def _register_gradient(
         op: its name.
         tensors: which of its inputs are the quantized weight.
         bias: which of its inputs is the bias.
-        weight_io: from those tensors and the inputs after the bias to the weight, float32 [I, O] (a view will do).
+        weight_io: from those tensors, the inputs after the bias and the gradient's dtype to the weight [I, O] in that dtype or in
+            float32 (a view will do).
         arguments: how many inputs the op has.
     """
 
@@ -651,7 +714,7 @@ def _register_gradient(
         gradients: list[torch.Tensor | None] = [None] * arguments
         with _no_autocast(gradient):
             if ctx.needs_input_grad[0]:
-                weight = weight_io(*ctx.saved_tensors, *ctx.settings).to(gradient.dtype)
+                weight = weight_io(*ctx.saved_tensors, *ctx.settings, gradient.dtype).to(gradient.dtype)
                 gradients[0] = gradient @ weight.t()
             if ctx.bias_dtype is not None and ctx.needs_input_grad[bias]:
                 gradients[bias] = (
@@ -662,12 +725,28 @@ def _register_gradient(
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def _int8_weight_io(weight: torch.Tensor, weight_scale: torch.Tensor, symmetric_input: bool) -> torch.Tensor:
+def _int8_weight_io(
+    weight: torch.Tensor, weight_scale: torch.Tensor, symmetric_input: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    if weight.is_cuda:
+        return _int8_weight_op(weight, weight_scale, dtype).t()
     return (weight.float() * weight_scale.float()).t()
 
 
+@torch.library.custom_op("qlm::int8_weight", mutates_args=())
+def _int8_weight_op(weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of an int8 layer [O, I]: in one kernel on GPUs, where torch would take three and write float32."""
+    found = cuda_ops.int8_weight(weight, weight_scale, dtype)
+    return (weight.float() * weight_scale.float()).to(dtype) if found is None else found
+
+
+@_int8_weight_op.register_fake
+def _(weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
 def _nf4_weight_io(
-    packed: torch.Tensor, absmax: torch.Tensor, out_features: int, in_features: int, block: int
+    packed: torch.Tensor, absmax: torch.Tensor, out_features: int, in_features: int, block: int, dtype: torch.dtype
 ) -> torch.Tensor:
     return dequantize_nf4(packed, absmax, out_features, in_features, block).t()
 

@@ -1,6 +1,20 @@
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 
+from tests.kernels.interpreted import interpreter
 from tests.kernels.probe import ISAS, Probe, build
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Call a function where Triton interprets its kernels on the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    with interpreter() as call:
+        yield call
 
 
 @pytest.fixture(scope="session", params=ISAS)

@@ -1,0 +1,478 @@
+"""Products with weights in the GPTQ file layout, in Triton, for NVIDIA GPUs from sm_75 on.
+
+    matvec        a few rows: the words are read once, every code becomes a float32 in a register and is multiplied there
+    matmul        more rows of float16 or bfloat16: a tile of the weight is dequantized in registers and fed to the tensor cores
+    dequantize    the weight itself, for the backward pass and for very many rows
+    arrange       the words of a layer whose groups are scattered over the in features, sorted by group; done once
+
+Letters: M rows of x, K in features, N out features, G groups. Sums are float32. Where the in features are split among programs, each
+writes its part and `_add_parts` adds them in order: no float is added atomically, so that a call repeated gives the same bytes.
+
+A *field* is what the kernels read at once: 16, 8, 8 or 4 codes of 2, 3, 4 or 8 bits along K, in the low bits of an unsigned word. With
+3 bits it is cut out of two words of the file: 32 codes in three words are four fields of 24 bits.
+
+A code becomes a float without a conversion, which GPUs do at a quarter of their speed: the bits of a code at position p of the word,
+with the exponent of 2**(23 - p) put above them, are the float 2**(23 - p) + code. (Kim et al., "Who Says Elephants Can't
+Run", 2022, and `dequant` in IST-DASLab's `marlin_cuda_kernel.cu` do so with float16.) What is subtracted, 2**(23 - p) + zero point, fits
+a float's 24 bits: both steps are exact.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What a scale and a zero point hold for, as a kernel steps along K.
+_PER_STEP, _PER_FIELD, _PER_FEATURE = 0, 1, 2
+# The bits of 2.0**23. An argument and no constant of the kernels: ptxas merges `code & mask | exponent` into one instruction only where
+# one of the two is in a register.
+_EXPONENT = 0x4B000000
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class Layer(NamedTuple):
+    """The tensors of one layer, as the kernels read them.
+
+    Attributes:
+        words: int32 [K * bits / 32, N], the file's `qweight` or what `arrange` made of it.
+        scale: float [G, N].
+        zero_point: uint8 [G, N], decoded.
+        g_idx: int32 or int64 [K], the group of each in feature, in the order of the words.
+        bits: 2, 3, 4 or 8.
+        group_size: in features that share a group where feature k is of group k // group_size; 0 where only g_idx knows.
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    g_idx: Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def in_features(self) -> int:
+        return self.g_idx.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.scale.shape[1]
+
+
+class MatvecConfig(NamedTuple):
+    """How `matvec` cuts its work. All but `per_sm` are powers of two.
+
+    Attributes:
+        columns: out features of a program.
+        fields: fields of each out feature that a program's warps read side by side.
+        features: in features between two looks at the groups, at least as many as those fields hold.
+        warps: of a program. Twice `columns` threads or more spare the scales a way through shared memory.
+        per_sm: programs wanted for each multiprocessor; the in features are split until there are so many. 0: never.
+    """
+
+    columns: int
+    fields: int
+    features: int
+    warps: int
+    per_sm: int
+
+
+class MatmulConfig(NamedTuple):
+    """How `matmul` cuts its work: a program computes `rows` x `columns` outputs, `features` at a step. `per_sm` as above."""
+
+    rows: int
+    columns: int
+    features: int
+    warps: int
+    stages: int
+    per_sm: int
+
+
+# What is tried, the first where nothing can be timed. Chosen from the compiled code (README.md) and to be measured
+# (evals/gpu_kernels.py). Without a split there is one launch instead of two, which small layers are better off with.
+MATVEC = (
+    MatvecConfig(columns=128, fields=8, features=128, warps=8, per_sm=4),
+    MatvecConfig(columns=64, fields=8, features=128, warps=4, per_sm=8),
+    MatvecConfig(columns=128, fields=4, features=128, warps=4, per_sm=8),
+    MatvecConfig(columns=64, fields=8, features=128, warps=4, per_sm=0),
+    MatvecConfig(columns=32, fields=16, features=128, warps=4, per_sm=0),
+)
+_FEW_ROWS = (
+    MatmulConfig(rows=16, columns=128, features=64, warps=4, stages=3, per_sm=4),
+    MatmulConfig(rows=16, columns=64, features=64, warps=4, stages=3, per_sm=6),
+    MatmulConfig(rows=16, columns=64, features=64, warps=4, stages=3, per_sm=0),
+)
+_SOME_ROWS = (
+    MatmulConfig(rows=64, columns=128, features=64, warps=4, stages=3, per_sm=2),
+    MatmulConfig(rows=32, columns=128, features=64, warps=4, stages=3, per_sm=2),
+    MatmulConfig(rows=64, columns=64, features=64, warps=4, stages=3, per_sm=0),
+)
+_MANY_ROWS = (
+    MatmulConfig(rows=128, columns=128, features=64, warps=8, stages=3, per_sm=1),
+    MatmulConfig(rows=64, columns=128, features=64, warps=4, stages=3, per_sm=1),
+    MatmulConfig(rows=128, columns=64, features=64, warps=4, stages=3, per_sm=0),
+)
+
+
+def matmul_configs(rows: int) -> tuple[MatmulConfig, ...]:
+    return _FEW_ROWS if rows <= 16 else _SOME_ROWS if rows <= 64 else _MANY_ROWS
+
+
+def matvec(x: Tensor, layer: Layer, bias: Tensor | None, config: MatvecConfig, multiprocessors: int) -> Tensor:
+    """x @ weight + bias for few rows, which are computed one by one: the words come from the cache for all but the first.
+
+    Args:
+        x: [M, K] float32, bfloat16 or float16.
+        layer: the weight.
+        bias: [N] or None.
+        config: how to cut it.
+        multiprocessors: of the device.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    (rows, K), N = x.shape, layer.out_features
+    codes = _codes_of_a_field(layer.bits)
+    unroll, per = _grouping(layer, config.fields * codes, config.features)
+    blocks = rows * triton.cdiv(N, config.columns)
+    steps = triton.cdiv(K, config.fields * codes * unroll)
+    splits, steps_each = _split(steps, blocks, config.per_sm * multiprocessors)
+    y = x.new_empty(rows, N)
+    parts = y if splits == 1 else x.new_empty(splits, rows, N, dtype=torch.float32)
+    _matvec[blocks, splits](
+        _in_words(x), layer.words, layer.scale, layer.zero_point, layer.g_idx, bias if splits == 1 else None, parts, rows, N, K,
+        layer.group_size or K, steps_each, _EXPONENT, BITS=layer.bits, DTYPE=_TYPES[x.dtype], COLUMNS=config.columns, FIELDS=config.fields,
+        UNROLL=unroll, PER=per, num_warps=config.warps,
+    )  # fmt: skip
+    return y if splits == 1 else _sum_of_parts(parts, bias, y)
+
+
+def matmul(x: Tensor, layer: Layer, bias: Tensor | None, config: MatmulConfig, multiprocessors: int) -> Tensor:
+    """x @ weight + bias with the weight rounded to x's dtype, as the reference rounds it, and sums in float32.
+
+    Args and result as `matvec`'s; x is bfloat16 or float16.
+    """
+    (rows, K), N = x.shape, layer.out_features
+    unroll, per = _grouping(layer, config.features, config.features)
+    assert unroll == 1
+    blocks = triton.cdiv(rows, config.rows) * triton.cdiv(N, config.columns)
+    splits, steps_each = _split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
+    y = x.new_empty(rows, N)
+    parts = y if splits == 1 else x.new_empty(splits, rows, N, dtype=torch.float32)
+    dtype = _TYPES[x.dtype]
+    # The interpreter multiplies bfloat16 as if it were integers.
+    product = tl.float32 if x.device.type == "cpu" else dtype
+    _matmul[blocks, splits](
+        x, layer.words, layer.scale, layer.zero_point, layer.g_idx, bias if splits == 1 else None, parts, rows, N, K,
+        layer.group_size or K, steps_each, _EXPONENT, BITS=layer.bits, DTYPE=dtype, PRODUCT=product, ROWS=config.rows, COLUMNS=config.columns,
+        FEATURES=config.features, PER=per, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y if splits == 1 else _sum_of_parts(parts, bias, y)
+
+
+def dequantize(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """The weight [K, N]: scale * (code - zero point) in float32, rounded to `dtype`."""
+    K, N = layer.in_features, layer.out_features
+    weight = layer.scale.new_empty(K, N, dtype=dtype)
+    fields = triton.cdiv(K, _codes_of_a_field(layer.bits))
+    grid = triton.cdiv(fields, _DEQUANTIZE_FIELDS), triton.cdiv(N, _DEQUANTIZE_COLUMNS)
+    _dequantize[grid](
+        layer.words, layer.scale, layer.zero_point, layer.g_idx, weight, N, K, layer.group_size or K, _EXPONENT, BITS=layer.bits,
+        COLUMNS=_DEQUANTIZE_COLUMNS, FIELDS=_DEQUANTIZE_FIELDS, PER=_grouping(layer, 0, 0)[1], num_warps=4,
+    )  # fmt: skip
+    return weight
+
+
+def arrange(words: Tensor, order: Tensor, bits: int) -> Tensor:
+    """The words of the same layer with its in features in another order.
+
+    Args:
+        words: int32 [K * bits / 32, N].
+        order: integers [K]: where each in feature of the result is in `words`.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 [K * bits / 32, N].
+    """
+    arranged = torch.empty_like(words)
+    K, N = order.shape[0], words.shape[1]
+    period = _codes_of_whole_words(bits)
+    _arrange[K // period, triton.cdiv(N, 256)](words, order, arranged, N, BITS=bits, COLUMNS=256, num_warps=4)
+    return arranged
+
+
+# Choices of the launchers -----------------------------------------------------------------------------------------------
+
+_DEQUANTIZE_FIELDS, _DEQUANTIZE_COLUMNS = 4, 128
+
+
+def _codes_of_a_field(bits: int) -> int:
+    return 8 if bits == 3 else 32 // bits
+
+
+def _codes_of_whole_words(bits: int) -> int:
+    return 32 if bits == 3 else 32 // bits
+
+
+def _grouping(layer: Layer, least: int, most: int) -> tuple[int, int]:
+    """(how many times `least` in features a step has, `most` at most; what a scale holds for)."""
+    size, G = layer.group_size, layer.scale.shape[0]
+    if G == 1:
+        return max(1, most // max(1, least)), _PER_STEP
+    if size and least:
+        unroll = max(1, most // least)
+        while unroll > 1 and size % (least * unroll):
+            unroll //= 2
+        if size % (least * unroll) == 0:
+            return unroll, _PER_STEP
+    per_field = size and size % _codes_of_a_field(layer.bits) == 0
+    return max(1, most // max(1, least)), _PER_FIELD if per_field else _PER_FEATURE
+
+
+def _split(steps: int, blocks: int, wanted: int) -> tuple[int, int]:
+    """Steps along K dealt to as many programs as it takes to have `wanted` of them: (programs, steps of each)."""
+    each = triton.cdiv(steps, max(1, min(steps, triton.cdiv(wanted, blocks))))
+    return triton.cdiv(steps, each), each
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """Two or four values of x as one int64, so that a thread loads them at once. A row has whole words of them."""
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return x.view(torch.int64)
+
+
+def _sum_of_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    count = y.numel()
+    _add_parts[(triton.cdiv(count, 512),)](parts, bias, y, parts.shape[0], count, y.shape[1], BLOCK=512, num_warps=4)
+    return y
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_fields(words, field, column, inside, N, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """uint32, the shape of `inside`: the codes of each field, the first in the lowest bits; above them are other bits."""
+    if BITS == 3:
+        word = field * 3 // 4
+        shift = field % 4 * 24 % 32
+        low = tl.load(words + word * N + column, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        # The first two fields of three words lie in one word each. A shift by 32 would be undefined.
+        high = tl.load(words + (word + 1) * N + column, mask=inside & (shift > 8), other=0).to(tl.uint32, bitcast=True)
+        return (low >> shift) | (high << ((32 - shift) & 31))
+    else:
+        return tl.load(words + field * N + column, mask=inside, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _code(low, high, zero, exponent, j: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32: code j of each field, less the zero point. `high` is `low` without the codes that a float's 23 bits hold in place."""
+    IN_PLACE: tl.constexpr = 23 // BITS
+    P: tl.constexpr = j % IN_PLACE * BITS
+    word = low if j < IN_PLACE else high
+    value = (word & (((1 << BITS) - 1) << P)) | (exponent - (P << 23))
+    return value.to(tl.float32, bitcast=True) - (zero + 2.0 ** (23 - P))
+
+
+@triton.jit
+def _value(word, i: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32: value i of a 64-bit word of values."""
+    if DTYPE.is_fp32():
+        return (word >> (32 * i)).to(tl.uint32).to(tl.float32, bitcast=True)
+    else:
+        # A half of a register is an operand of its own; a shift of the whole 64 bits would be instructions.
+        pair = (word >> (i // 2 * 32)).to(tl.uint32)
+        if DTYPE.is_bf16():  # by hand, since GPUs before sm_80 know no bfloat16
+            if i % 2 == 0:
+                return (pair << 16).to(tl.float32, bitcast=True)
+            else:
+                return (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+        else:
+            half = pair.to(tl.uint16) if i % 2 == 0 else (pair >> 16).to(tl.uint16)
+            return half.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "group_size", "steps_each", "exponent"])
+def _matvec(  # type: ignore[no-untyped-def]
+    x, words, scales, zero_points, g_idx, bias, out, rows, N, K, group_size, steps_each, exponent,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr, UNROLL: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
+    VALUES: tl.constexpr = 64 // DTYPE.primitive_bitwidth  # of x in a 64-bit word
+    STEP: tl.constexpr = FIELDS * UNROLL
+    exponent = exponent.to(tl.uint32)
+    # Programs that follow each other read the same words, for other rows.
+    row = tl.program_id(0) % rows
+    split = tl.program_id(1)
+    column = tl.program_id(0) // rows * COLUMNS + tl.arange(0, COLUMNS)
+    column_inside = column < N
+    total = tl.zeros((FIELDS, COLUMNS), dtype=tl.float32)
+    for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, tl.cdiv(K, STEP * CODES))):
+        part = tl.zeros((FIELDS, COLUMNS), dtype=tl.float32)
+        if PER == 0:
+            group = step * (STEP * CODES) // group_size * N + column
+            scale = tl.load(scales + group, mask=column_inside, other=0).to(tl.float32)[None, :]
+            zero = tl.load(zero_points + group, mask=column_inside, other=0).to(tl.float32)[None, :]
+        for u in tl.static_range(UNROLL):
+            field = step * STEP + u * FIELDS + tl.arange(0, FIELDS)
+            inside = field * CODES < K
+            both_inside = inside[:, None] & column_inside[None, :]
+            low = _load_fields(words, field[:, None], column[None, :], both_inside, N, BITS)
+            high = low >> (23 // BITS * BITS)
+            if PER == 1:
+                group = (field * CODES // group_size)[:, None] * N + column[None, :]
+                scale = tl.load(scales + group, mask=both_inside, other=0).to(tl.float32)
+                zero = tl.load(zero_points + group, mask=both_inside, other=0).to(tl.float32)
+                part = tl.zeros((FIELDS, COLUMNS), dtype=tl.float32)
+            for i in tl.static_range(CODES // VALUES):
+                position = field * (CODES // VALUES) + i
+                packed = tl.load(x + row * (K // VALUES) + position, mask=inside, other=0).to(tl.uint64, bitcast=True)
+                for j in tl.static_range(VALUES):
+                    value = _value(packed, j, DTYPE)[:, None]
+                    if PER == 2:
+                        k = field * CODES + (i * VALUES + j)
+                        group = tl.load(g_idx + k, mask=inside, other=0).to(tl.int32)[:, None] * N + column[None, :]
+                        scale = tl.load(scales + group, mask=both_inside, other=0).to(tl.float32)
+                        zero = tl.load(zero_points + group, mask=both_inside, other=0).to(tl.float32)
+                        part += value * (_code(low, high, zero, exponent, i * VALUES + j, BITS) * scale)
+                    else:
+                        part += value * _code(low, high, zero, exponent, i * VALUES + j, BITS)
+            if PER == 1:
+                total += part * scale
+        if PER == 0:
+            total += part * scale
+        if PER == 2:
+            total += part
+    y = tl.sum(total, axis=0)
+    if bias is not None:
+        y += tl.load(bias + column, mask=column_inside, other=0).to(tl.float32)
+    tl.store(out + (split * rows + row) * N + column, y.to(out.dtype.element_ty), mask=column_inside)
+
+
+@triton.jit
+def _weight_tile(  # type: ignore[no-untyped-def]
+    words, scales, zero_points, g_idx, first, column, column_inside, N, K, group_size, exponent,
+    BITS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """float32 [FEATURES, COLUMNS]: the weight from in feature `first` on."""
+    CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
+    FIELDS: tl.constexpr = FEATURES // CODES
+    field = first // CODES + tl.arange(0, FIELDS)
+    inside = (field * CODES < K)[:, None] & column_inside[None, :]
+    fields = _load_fields(words, field[:, None], column[None, :], inside, N, BITS)
+    shift = (tl.arange(0, CODES) * BITS).to(tl.uint32)
+    codes = (fields[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
+    codes = (codes | exponent).to(tl.float32, bitcast=True)
+    if PER == 0:
+        group = first // group_size * N + column
+        scale = tl.load(scales + group, mask=column_inside, other=0).to(tl.float32)[None, None, :]
+        zero = tl.load(zero_points + group, mask=column_inside, other=0).to(tl.float32)[None, None, :]
+    elif PER == 1:
+        group = (field * CODES // group_size)[:, None] * N + column[None, :]
+        scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)[:, None, :]
+        zero = tl.load(zero_points + group, mask=inside, other=0).to(tl.float32)[:, None, :]
+    else:
+        k = field[:, None] * CODES + tl.arange(0, CODES)[None, :]
+        group = tl.load(g_idx + k, mask=k < K, other=0).to(tl.int32)[:, :, None] * N + column[None, None, :]
+        all_inside = (k < K)[:, :, None] & column_inside[None, None, :]
+        scale = tl.load(scales + group, mask=all_inside, other=0).to(tl.float32)
+        zero = tl.load(zero_points + group, mask=all_inside, other=0).to(tl.float32)
+    return ((codes - (zero + 8388608.0)) * scale).reshape(FEATURES, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["rows", "group_size", "steps_each", "exponent"])
+def _matmul(  # type: ignore[no-untyped-def]
+    x, words, scales, zero_points, g_idx, bias, out, rows, N, K, group_size, steps_each, exponent,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FEATURES: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    exponent = exponent.to(tl.uint32)
+    # Programs that follow each other dequantize the same part of the weight, for other rows.
+    row_blocks = tl.cdiv(rows, ROWS)
+    row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    column = tl.program_id(0) // row_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside, column_inside = row < rows, column < N
+    x += row.to(tl.int64)[:, None] * K
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, tl.cdiv(K, FEATURES))):
+        k = step * FEATURES + tl.arange(0, FEATURES)
+        values = tl.load(x + k[None, :], mask=row_inside[:, None] & (k < K)[None, :], other=0)
+        weight = _weight_tile(
+            words, scales, zero_points, g_idx, step * FEATURES, column, column_inside, N, K, group_size, exponent,
+            BITS, FEATURES, COLUMNS, PER,
+        )  # fmt: skip
+        total = tl.dot(values.to(PRODUCT), weight.to(DTYPE).to(PRODUCT), total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + column, mask=column_inside, other=0).to(tl.float32)[None, :]
+    place = (split * rows + row).to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
+
+
+@triton.jit(do_not_specialize=["parts_count"])
+def _add_parts(parts, bias, out, parts_count, count, N, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [count] = the sum of parts [parts_count, count], in order, + bias [N]."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(parts_count):
+        total += tl.load(parts + part * count + place, mask=inside, other=0)
+    if bias is not None:
+        total += tl.load(bias + place % N, mask=inside, other=0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["group_size", "exponent"])
+def _dequantize(  # type: ignore[no-untyped-def]
+    words, scales, zero_points, g_idx, out, N, K, group_size, exponent,
+    BITS: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
+    exponent = exponent.to(tl.uint32)
+    field = tl.program_id(0) * FIELDS + tl.arange(0, FIELDS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (field * CODES < K)[:, None] & (column < N)[None, :]
+    low = _load_fields(words, field[:, None], column[None, :], inside, N, BITS)
+    high = low >> (23 // BITS * BITS)
+    if PER < 2:
+        group = (field * CODES // group_size)[:, None]
+        scale = tl.load(scales + (group * N + column[None, :]), mask=inside, other=0).to(tl.float32)
+        zero = tl.load(zero_points + (group * N + column[None, :]), mask=inside, other=0).to(tl.float32)
+    for j in tl.static_range(CODES):
+        k = field * CODES + j
+        if PER == 2:
+            group = tl.load(g_idx + k, mask=k < K, other=0).to(tl.int32)[:, None] * N + column[None, :]
+            scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)
+            zero = tl.load(zero_points + group, mask=inside, other=0).to(tl.float32)
+        weight = _code(low, high, zero, exponent, j, BITS) * scale
+        tl.store(out + k.to(tl.int64)[:, None] * N + column[None, :], weight.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _arrange(words, order, out, N, BITS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    CODES: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # that fill whole words
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < N
+    for w in tl.static_range(WORDS):
+        found = tl.zeros((COLUMNS,), dtype=tl.uint32)
+        for j in tl.static_range(CODES):
+            # Codes of which this word has a bit: of the three words of 3-bit codes, 10 and 21 are in two.
+            if j * BITS < (w + 1) * 32 and (j + 1) * BITS > w * 32:
+                bit = tl.load(order + tl.program_id(0) * CODES + j).to(tl.int64) * BITS
+                place = bit // 32 * N + column
+                shift = (bit % 32).to(tl.uint32)
+                code = tl.load(words + place, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
+                if BITS == 3:
+                    straddles = inside & (shift > 29)
+                    rest = tl.load(words + place + N, mask=straddles, other=0).to(tl.uint32, bitcast=True)
+                    code |= rest << ((32 - shift) & 31)
+                code &= (1 << BITS) - 1
+                if j * BITS >= w * 32:
+                    found |= code << (j * BITS - w * 32)
+                else:
+                    found |= code >> (w * 32 - j * BITS)
+        tl.store(out + (tl.program_id(0) * WORDS + w) * N + column, found.to(tl.int32, bitcast=True), mask=inside)

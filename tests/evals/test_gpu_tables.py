@@ -1,0 +1,313 @@
+"""evals/gpu_tables.py and what it is made of, on a CPU with a tiny shape: everything but the GPU's own times and memory."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qlm.backends import BACKENDS
+from qlm.formats.layout import in_block
+from qlm.static_decoder import StaticDecoder
+from tests.evals.test_drivers import last_line, run
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+SHAPES: dict[str, Any] = {
+    "opt": "tiny",
+    "gpt_neox": (
+        "GPTNeoX",
+        {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "gpt_bigcode": (
+        "GPTBigCode",
+        {"vocab_size": 320, "n_embd": 128, "n_inner": 256, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0,
+         "eos_token_id": 0},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evals() -> Iterator[SimpleNamespace]:
+    """The driver's modules, which find each other where the driver lies."""
+    names = ("gpu_cells", "gpu_goals", "gpu_measure", "gpu_tables_page", "quantize_speed", "random_models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "evals"))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The summary of all parts, and the folder."""
+    folder = tmp_path_factory.mktemp("tables")
+    return last_line(run("gpu_tables", "--device", "cpu", "--shapes", "tiny", "--out", folder)), folder
+
+
+def test_all_parts(everything: tuple[dict[str, Any], Path]) -> None:
+    summary, folder = everything
+    report = json.loads((folder / "gpu_tables-cpu.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert summary["cells"] == len(rows)
+    assert summary["failed"] == [] == report["left_out"]
+    measured = [row for row in rows.values() if row["ok"] is True]
+    assert len(measured) == summary["ok"]
+    # float by two attentions, three quantized, each by two loops, with two batches; and two lengths by two attentions.
+    count = {part: sum(row["part"] == part for row in measured) for part in ("goals", "inference", "training")}
+    assert count == {"goals": 6, "inference": 20, "training": 4}
+    for row in rows.values():
+        if row["ok"] is None:
+            assert row["attention"] == "flash_attention_2"
+            assert "CUDA only" in row["not_run"]
+        elif row["part"] == "training":
+            # Random weights know nothing.
+            assert row["loss"] == pytest.approx(math.log(512), abs=0.2)
+            assert 0 < row["batch_ms_best"] <= row["batch_ms"]
+        elif row["part"] == "inference":
+            assert 0 < row["step_ms_best"] <= row["step_ms"]
+            assert row["peak_mib"] is None
+            assert (row["loop"] == "recorded") == (row.get("compared_tokens") == 8 * row["batch"])
+    (run_facts,) = report["runs"]
+    assert run_facts["versions"]["torch"] == torch.__version__
+    goals = [goal for row in rows.values() for goal in row.get("goals", ())]
+    assert len(goals) == 7
+    assert [goal["met"] for goal in goals if goal["found"] is None] == [None]  # memory, which a CPU has no peak of
+
+
+def test_page(everything: tuple[dict[str, Any], Path]) -> None:
+    _, folder = everything
+    page = (folder / "gpu_tables-cpu.md").read_text()
+    assert f"torch {torch.__version__}" in page
+    steps = page.partition("inference: ms a step\n\n")[2].splitlines()
+    assert steps[0].split(" | ")[2:7] == ["eager", "eager, recorded", "SDPA", "SDPA, recorded", "int8"]
+    assert "flash-attn" not in steps[0]
+    rows = json.loads((folder / "gpu_tables-cpu.json").read_text())["rows"]
+    first = next(row for row in rows if row["name"] == "inference tiny float eager growing batch 1 tokens 16")
+    assert steps[2].startswith(f"| 1 | 16 | {first['step_ms']:.3g} | ")
+    assert "- float, flash_attention_2: attn_implementation: " in page
+
+
+def test_a_budget_that_is_spent(everything: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    _, folder = everything
+    before = (folder / "gpu_tables-cpu.json").read_text()
+    (tmp_path / "gpu_tables-cpu.json").write_text(before)
+    done = run(
+        "gpu_tables", "--device", "cpu", "--shapes", "tiny", "--part", "training", "--seconds", "0", "--out", tmp_path
+    )
+    assert last_line(done)["left_out"] == 6
+    assert "left out, the time being over: training tiny eager batch 2 tokens 16; " in done.stdout
+    after = json.loads((tmp_path / "gpu_tables-cpu.json").read_text())
+    assert after["rows"] == json.loads(before)["rows"]
+    assert len(after["left_out"]) == 6
+
+
+@NO_GPU
+def test_without_a_gpu(
+    evals: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run("gpu_tables", "--out", tmp_path)
+    assert done.returncode == 69
+    assert len(done.stderr.splitlines()) == 1
+    assert "no CUDA GPU" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["quantize_speed.py", "tiny", "--device", "cuda", "--out", str(tmp_path)])
+    assert evals.quantize_speed.main() == 69
+    assert "no CUDA GPU" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_cell_throws_is_a_row(evals: SimpleNamespace) -> None:
+    cells = evals.gpu_cells
+
+    def throwing(error: Exception, cause: Exception | None = None) -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
+            raise error from cause
+
+        row, alive = cells.run_cell(cells.Cell("name", {"part": "training"}, measure), "cpu")
+        assert alive
+        assert (row.pop("name"), row.pop("part")) == ("name", "training")
+        assert row.pop("seconds") >= 0
+        return row
+
+    assert throwing(ValueError("bad\nand more")) == {"ok": False, "error": "ValueError: bad"}
+    assert throwing(cells.NotRun("no such package")) == {"ok": None, "not_run": "no such package"}
+    full = torch.OutOfMemoryError("tried 8 GiB\nof 4")
+    assert throwing(full) == {"ok": None, "not_run": "out of memory", "why": "tried 8 GiB"}
+    assert throwing(RuntimeError("cannot be recorded"), full)["not_run"] == "out of memory"
+
+
+def test_results_are_merged(evals: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    first = evals.gpu_cells.Results(path, {"versions": 1})
+    first.put({"name": "a", "ok": True, "ms": 1})
+    first.put({"name": "b", "ok": True, "ms": 2})
+    first.put({"name": "c", "ok": None, "not_run": "out of memory"})
+    # As it was: no run of its own.
+    evals.gpu_cells.Results(path, {"versions": 1}).put({"name": "d", "ok": False, "error": "E"})
+    second = evals.gpu_cells.Results(path, {"versions": 2}, lambda report: f"{len(report['rows'])} rows")
+    second.put({"name": "a", "ok": True, "ms": 3})
+    second.put({"name": "b", "ok": None, "not_run": "no package"})
+    second.put({"name": "c", "ok": True, "ms": 4})
+    second.put({"name": "e", "ok": None, "not_run": "no package"})
+    report = json.loads(path.read_text())
+    assert report["runs"] == [{"versions": 1}, {"versions": 2}]
+    assert {row["name"]: (row["run"], row.get("ms"), row["ok"]) for row in report["rows"]} == {
+        "a": (1, 3, True), "b": (0, 2, True), "c": (1, 4, True), "d": (0, None, False), "e": (1, None, None)
+    }  # fmt: skip
+    assert (tmp_path / "results.md").read_text() == "5 rows"
+
+
+def test_a_process_that_dies_is_started_again(tmp_path: Path) -> None:
+    """One cell is killed, one never ends, one loses the device: the others are measured, and those are rows."""
+    script, out = tmp_path / "script.py", tmp_path / "out.json"
+    script.write_text(
+        "import argparse, json, os, sys, time\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(ROOT / 'evals')!r})\n"
+        "import gpu_cells as g\n"
+        "g.CELL_SECONDS = 2\n"
+        "if '--progress' not in sys.argv:\n"
+        "    sys.exit(g.supervise([sys.executable, __file__]))\n"
+        "import torch\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for name in ('progress', 'after', 'why'): parser.add_argument('--' + name)\n"
+        "o = parser.parse_args()\n"
+        "def lose(): raise RuntimeError('an illegal memory access')\n"
+        "run = g.run_cell\n"
+        "g.run_cell = lambda cell, device: (run(cell, device)[0], cell.name != 'lost')\n"
+        "cells = [g.Cell(name, {'n': n}, measure) for n, (name, measure) in enumerate([\n"
+        "    ('first', lambda: {'ms': 1}), ('killed', lambda: os.kill(os.getpid(), 9)), ('second', lambda: {'ms': 2}),\n"
+        "    ('endless', lambda: time.sleep(60)), ('lost', lose), ('third', lambda: {'ms': 3})])]\n"
+        f"results = g.Results(Path({str(out)!r}), {{}})\n"
+        "done = g.run_cells(cells, results, g.Resumption(Path(o.progress), o.after, o.why), device='cpu', until=time.time() + 60,\n"
+        "                   say=lambda row: print(row['name']))\n"
+        "if not done: sys.exit(g.AGAIN)\n"
+        "Path(o.progress).write_text(json.dumps({'over': True}))\n"
+        "sys.exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["first", "killed", "second", "endless", "lost", "third"]
+    assert [rows[name]["ms"] for name in ("first", "second", "third")] == [1, 2, 3]
+    assert rows["killed"] == {
+        "name": "killed", "n": 1, "ok": False, "error": "the process died: signal 9", "run": 0
+    }  # fmt: skip
+    assert rows["endless"]["error"] == "the process died: exit code 1, maybe after 2 s"
+    assert rows["lost"]["error"] == "RuntimeError: an illegal memory access"
+    assert [line for line in done.stdout.splitlines() if line in rows] == list(rows)
+
+
+@pytest.mark.parametrize("weights", ["float", "int8", "nf4", "gptq-4bit", "gptq-3bit", "gptq-8bit"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_random_models(family: str, weights: str, evals: SimpleNamespace) -> None:
+    """What a backend's own decoder makes of the random tensors are weights like those of a float model."""
+    torch.manual_seed(0)
+    model = evals.random_models.random_model(SHAPES[family], weights, device="cpu", dtype=torch.float32)
+    assert model.config.model_type == family
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+    own = [module for name, module in model.named_modules() if in_block(name) and hasattr(module, "in_features")]
+    assert own
+    assert all((type(module) is torch.nn.Linear) == (weights == "float") for module in own)
+    assert bool(model(input_ids=torch.arange(40)[None]).logits.isfinite().all())
+    if weights == "float":
+        found = own[0].weight.detach()
+    else:
+        shape = (256, 128)
+        tensors, form = evals.random_models.random_tensors(weights, *shape, torch.device("cpu"), torch.float32)
+        found = BACKENDS[weights.partition("-")[0]].dequantize(tensors, shape, form)
+        assert found.shape == shape
+    # 2^15 values: their deviation is known to half a percent. The middle of an even number of codes is half a step off zero.
+    assert found.std().item() == pytest.approx(evals.random_models.STD, rel=0.02)
+    assert abs(found.mean().item()) < 0.25 * evals.random_models.STD
+
+
+def test_compare_finds_a_wrong_decoder(evals: SimpleNamespace) -> None:
+    measure = evals.gpu_measure
+    bench = measure.Bench("cpu")
+    model = bench.model("tiny", "float", "sdpa")
+    ids = bench.ids(model, 2, 16)
+    decoder = StaticDecoder(model, 2, 32)
+    facts = measure.compare(model, decoder, ids, measure.tolerance("float", "float32"))
+    assert facts["compared_tokens"] == 16
+    assert facts["other_greedy_tokens"] == 0
+
+    class Forgetful(measure.GrowingDecoder):  # type: ignore[misc, name-defined]
+        """Feeds each token twice."""
+
+        def step(self, ids: torch.Tensor) -> torch.Tensor:
+            super().step(ids)
+            return super().step(ids)
+
+    with pytest.raises(measure.Differs, match="token 2: logits differ"):
+        measure.compare(model, Forgetful(model, 2), ids, measure.tolerance("float", "float32"))
+    nan = torch.full((2, 3), float("nan"))
+    assert measure.difference(nan, torch.ones(2, 3)) == float("inf")
+
+
+def test_the_kept_model_is_built_once(evals: SimpleNamespace) -> None:
+    bench = evals.gpu_measure.Bench("cpu")
+    first = bench.model("tiny", "float", "sdpa")
+    assert bench.model("tiny", "float", "eager") is first
+    assert first.config._attn_implementation == "eager"
+    second = bench.model("tiny", "int8", "sdpa")
+    assert second is not first
+    assert bench.model("tiny", "float", "sdpa") is not first
+
+
+def test_goals(evals: SimpleNamespace) -> None:
+    goal = evals.gpu_goals.goal
+    assert (goal("a", 1.2, 1.5, 0.8)["met"], goal("a", 1.2, 1.5, 0.8)["aim_met"]) == (True, False)
+    assert (goal("a", 0.6, 0.5, 0.75, more=True)["met"], goal("a", 0.8, 0.5, 0.75, more=True)["aim_met"]) == (
+        True,
+        True,
+    )
+    assert goal("a", 0.4, 0.5, 0.75, more=True)["met"] is False
+    assert goal("a", None, 0.5, 0.75)["met"] is None
+
+
+def test_the_page_says_what_failed(evals: SimpleNamespace) -> None:
+    common = {"part": "inference", "shape": "s", "dtype": "float16", "weights": "float", "loop": "growing", "run": 0}
+    rows = [
+        {
+            **common,
+            "name": "a",
+            "attention": "eager",
+            "batch": 1,
+            "tokens": 8,
+            "ok": True,
+            "step_ms": 12.345,
+            "peak_mib": 1e3,
+        },
+        {**common, "name": "b", "attention": "eager", "batch": 2, "tokens": 8, "ok": None, "not_run": "out of memory"},
+        {**common, "name": "c", "attention": "sdpa", "batch": 1, "tokens": 8, "ok": False, "error": "Differs: token 1"},
+        {**common, "name": "d", "attention": "sdpa", "batch": 2, "tokens": 8, "ok": False, "error": "ValueError: x"},
+    ]
+    machine = {"device": "GPU", "driver": "1", "cuda": "2"}
+    report = {"runs": [{"machine": machine, "versions": {"torch": "3"}}], "left_out": ["e", "f"], "rows": rows}
+    page = evals.gpu_tables_page.page(report)
+    assert "GPU, driver 1, CUDA 2; torch 3." in page
+    assert "| 1 | 8 | 12.3 | differs |\n| 2 | 8 | oom | failed |" in page
+    assert "| 1 | 8 | 1000 | differs |" in page
+    assert "- d: ValueError: x" in page
+    assert "2 cells" in page
+
+
+def test_a_checkpoint_with_fewer_blocks(evals: SimpleNamespace, tmp_path: Path) -> None:
+    path = evals.quantize_speed.write_checkpoint(tmp_path, "tiny", "cpu", 1)
+    assert path.name == "tiny-1-blocks"
+    assert json.loads((path / "config.json").read_text())["num_hidden_layers"] == 1
+    whole = evals.quantize_speed.write_checkpoint(tmp_path, "tiny")
+    size, all_of_it = ((p / "model.safetensors").stat().st_size for p in (path, whole))
+    # Four projections of 128 x 128 and two of 128 x 256, in 16 bits, and some vectors.
+    assert 2 * (4 * 128**2 + 2 * 128 * 256) < all_of_it - size < 2.2 * (4 * 128**2 + 2 * 128 * 256)
+    for shape in ("gpt_neox", "gpt_bigcode"):
+        assert evals.quantize_speed.config_of(SHAPES[shape], 1).num_hidden_layers == 1
