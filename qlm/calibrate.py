@@ -85,7 +85,8 @@ def _read_file(path: Path, column: str, *, joins_pairs: bool) -> Text:
             continue
         try:
             sample = json.loads(line)
-            is_pair = column not in sample and "prompt" in sample and "completion" in sample
+            is_object = isinstance(sample, dict)
+            is_pair = is_object and column not in sample and "prompt" in sample and "completion" in sample
             if is_pair and not joins_pairs:
                 raise DataError(
                     f"{path}:{number}: found 'prompt' and 'completion', and a perplexity would count the prompts too; expected {column!r}: "

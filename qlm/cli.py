@@ -188,14 +188,21 @@ def finetune(
     loaded = load_finetune_recipe(recipe)
     _set_threads(threads)
     from qlm.finetune import finetune as train
+    from qlm.finetune import saved_step
     from qlm.report import Reporter, facts_table, output_console
 
     reporter, start = Reporter(quiet), time.perf_counter()
-    with reporter.progress(recipe.stem) as tell:
-        result = train(
-            loaded, force=force, device=device, progress=tell,
-            planned=lambda needs: reporter.note(f"{recipe.stem}: {needs.in_words()}"),
-        )  # fmt: skip
+    try:
+        with reporter.progress(recipe.stem) as tell:
+            result = train(
+                loaded, force=force, device=device, progress=tell,
+                planned=lambda needs: reporter.note(f"{recipe.stem}: {needs.in_words()}"),
+            )  # fmt: skip
+    except (KeyboardInterrupt, _Terminated):
+        # Of several processes the first speaks.
+        if (step := saved_step(loaded)) is not None and os.environ.get("RANK", "0") == "0":
+            reporter.note(f"{recipe.stem}: step {step} is saved")
+        raise
     if result.resumed == result.steps:
         reporter.note(f"{recipe.stem}: {result.output} was there already")
     if str(json_file) != "-":
@@ -253,15 +260,19 @@ def merge(
     from qlm.merge import merge as add_and_quantize
     from qlm.report import Reporter
 
-    with Reporter(quiet).progress("merge") as tell:
+    reporter = Reporter(quiet)
+    with reporter.progress("merge") as tell:
         result = add_and_quantize(
             base, adapter, into, output, quantize_settings={"backend": into, **given} if given else None,
             calibration=looked_at, evaluate_on=measured, revision=revision, attn_implementation=attention or "sdpa",
             force=force, device=device, progress=tell,
         )  # fmt: skip
+    if result.was_there:
+        reporter.note(f"merge: {result.output} was there already")
+    measures = result.evaluation and {"baseline": "the base with the adapter", **result.evaluation.to_json()}
     facts = {
         "output": str(result.output), "into": result.into, "onto": result.onto, "base": result.base, "linears": result.linears,
-        "bytes": result.bytes, "evaluation": None if result.evaluation is None else result.evaluation.to_json(),
+        "bytes": result.bytes, "evaluation": measures,
     }  # fmt: skip
     _show(facts, json_file)
 
@@ -498,6 +509,10 @@ def bench(
     sizes: dict[str, Any] = {
         "prompt_tokens": prompt, "new_tokens": new, "batch": batch, "repeats": repeats, "revision": revision,
     }  # fmt: skip
+    if device == "cpu":
+        for option, given in (("--dtype", dtype != "auto"), ("--attention", attention is not None)):
+            if given:
+                raise UsageError(f"{option}: is for --device cuda; the CPU's engine has its own, leave it out")
     chosen, _ = choose_runtime(
         None if device != "cpu" else "engine", model, revision=revision, device=device, dtype=dtype, attention=attention, head=head,
         cache_dtype=cache_dtype,

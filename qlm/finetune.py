@@ -6,6 +6,7 @@ where the recipe says so, the model with its adapter, what a run must agree in t
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from qlm.quantize import KEY_CONFIG_VALUES, Progress, quantize
 from qlm.recipe import FinetuneRecipe, Recipe, resolved_finetune
 from qlm.training import loop as training_loop
 from qlm.training import state as training_state
+from qlm.training.data import shortened
 from qlm.training.job import Job, Process, base_quantizing_recipe
 from qlm.training.loop import TrainingLoop
 from qlm.training.plan import TrainingPlan, plan_job, refuse_if_too_large
@@ -45,6 +47,7 @@ class FinetuneResult:
 
     Attributes:
         output: the folder of the adapter. base: folder or name of the model that it belongs to; revision: of that, on the hub.
+        task: that it was trained for.
         steps: of the whole run. resumed: steps that earlier, interrupted runs had done; all of them if the output was there already.
         training: facts of the manifest: trainable parameters, tokens, precision, optimizer, losses.
         metrics: the records of metrics.jsonl.
@@ -76,6 +79,7 @@ class FinetuneResult:
             "steps": f"{self.steps}{before}",
             "trainable_parameters": f"{training['trainable_parameters']:,}",
             "learned_from": f"{training['target_tokens']:,} {'tokens' if self.task == 'causal-lm' else 'labels'}",
+            **shortened(training["data"], training["max_length"]),
             **changes,
             "seconds": f"{seconds:.1f}",
         }
@@ -166,19 +170,34 @@ def _base(recipe: FinetuneRecipe, process: Process, force: bool, tell: Progress)
     if quantizing is None:
         return recipe.model
     if process.is_main:
-        _quantize(quantizing, process, force, tell)
+        _quantize(quantizing, recipe.output, process, force, tell)
     process.wait()
     return quantizing.output
 
 
-def _quantize(recipe: Recipe, process: Process, force: bool, tell: Progress) -> None:
+def _quantize(recipe: Recipe, adapter: str, process: Process, force: bool, tell: Progress) -> None:
     try:
         quantize(recipe, device=str(process.device), progress=tell)
-    except (CannotCreate, UsageError, DataError):
+    except (CannotCreate, UsageError, DataError) as error:
         # One that is there and is another's, or damaged. --force is for starting over, not for doing the same again.
         if not force:
-            raise
+            raise type(error)(_as_base(str(error), recipe.output, adapter)) from None
         quantize(recipe, force=True, device=str(process.device), progress=tell)
+
+
+def _as_base(message: str, base: str, adapter: str) -> str:
+    """The message, which says of the folder that it begins with that this is a base, where it is one: the recipe may not name it."""
+    place, _, what = message.partition(": ")
+    folders = Path(os.path.abspath(base)), Path(os.path.abspath(f"{base}.partial"))
+    if any(Path(os.path.abspath(place)).is_relative_to(folder) for folder in folders):
+        return f"{place} (the base of {adapter}): {what}"
+    return message
+
+
+def saved_step(recipe: FinetuneRecipe) -> int | None:
+    """The step that an interrupted run goes on from; None where it has none."""
+    output = Path(recipe.output)
+    return max(training_state.steps(output.with_name(f"{output.name}.partial") / CHECKPOINTS), default=None)
 
 
 # What changes no byte of the output: where it lies, how often a run is saved and what else is shown of it.

@@ -97,7 +97,9 @@ def generate(
         for context in (evaluation_mode(model), _own_settings_aside(model), _seeded(seed, device)):
             inside.enter_context(context)
         if graphs:
-            decoder = StaticDecoder(model, num_return_sequences, len(ids) + max_new_tokens)
+            # PEFT's wrapper calls the model inside, whose linears have the adapter.
+            inner = getattr(model, "get_base_model", lambda: model)()
+            decoder = StaticDecoder(inner, num_return_sequences, len(ids) + max_new_tokens)
             inside.enter_context(decoding_with(decoder))
         batch = torch.tensor([ids], device=device)
         model.generate(

@@ -15,8 +15,8 @@ from torch import nn
 
 from qlm.bench import check_sizes
 from qlm.errors import UsageError
-from qlm.load import load
-from qlm.static_decoder import StaticDecoder
+from qlm.load import check_device, load
+from qlm.static_decoder import ATTENTIONS, StaticDecoder
 
 # Far more than the caches of any GPU hold.
 COPIED_BYTES = 1 << 30
@@ -84,11 +84,12 @@ def gpu_bench(
         UsageError: sizes below 1 or beyond the model's positions; an attention that needs a growing cache. And what `load` raises.
     """
     check_sizes(prompt=prompt_tokens, new=new_tokens, batch=batch, repeats=repeats)
+    check_device(device)
+    if attn_implementation not in ATTENTIONS:
+        raise UsageError(f"--attention {attn_implementation}: recorded steps need {' or '.join(ATTENTIONS)}")
     where = torch.device(device)
     started = time.perf_counter()
-    loaded = load(
-        model, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation
-    )  # fmt: skip
+    loaded = load(model, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation)
     _finish(where)
     load_s = time.perf_counter() - started
     positions = int(loaded.config.max_position_embeddings)
@@ -147,7 +148,8 @@ def time_once(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a step reads: every parameter and buffer once, but of embeddings that are no head single rows, which do not count."""
+    """What a step reads: every parameter and buffer once, but of embeddings that are no head single rows, which do not count, and of
+    GPTBigCode's mask (all the models' buffers of bool are masks) nothing."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     looked_up = {
         parameter.data_ptr()
@@ -157,7 +159,7 @@ def weight_bytes(model: nn.Module) -> int:
     } - {head.weight.data_ptr()}
     seen: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() not in looked_up:
+        if tensor.data_ptr() not in looked_up and tensor.dtype != torch.bool:
             seen[tensor.data_ptr()] = tensor.nbytes
         # bitsandbytes keeps scales beside the parameter.
         state = getattr(tensor, "quant_state", None)

@@ -313,7 +313,9 @@ def device_map(model: Any, source: Source, task: Task, devices: Mapping[str, int
     tied = {name.rpartition(".")[0] for name in tied_names(source.spec, source.config, task)}
     for name, module in model.named_modules():
         own = any(True for _ in itertools.chain(module.parameters(False), module.buffers(False)))
-        if own and not name.startswith(tuple(f"{path}." for path in blocks)):
+        # GPTBigCode's base model has a buffer of its own; what holds the blocks lies nowhere itself.
+        holds_blocks = not name or any(path.startswith(f"{name}.") for path in blocks)
+        if own and not holds_blocks and not name.startswith(tuple(f"{path}." for path in blocks)):
             comes_before = isinstance(module, nn.Embedding) or name in tied or "project_in" in name or "rotary" in name
             found[name] = names[0] if comes_before else names[-1]
     return found
@@ -330,6 +332,11 @@ def spread(model: Any, source: Source, where: Mapping[str, str], dtype: torch.dt
     for path, device in where.items():
         fill(model, source, path, dtype=dtype, device=device)
         model.get_submodule(path).register_forward_pre_hook(follow(device), with_kwargs=True)
+    first = model.get_input_embeddings().weight.device
+    for name, module in model.named_modules():
+        if not any(name == path or name.startswith(f"{path}.") for path in where):
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = None if buffer is None else buffer.to(first)
     model.hf_device_map = dict(where)
 
 

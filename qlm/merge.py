@@ -50,6 +50,7 @@ class MergeResult:
         bytes: of all weights in the output.
         quantized: of the second step, if there was one.
         evaluation: of the merged model, its baseline being the base with the adapter on top; None where it was not asked for.
+        was_there: whether the output was there already, and stayed as it was.
     """
 
     output: Path
@@ -60,6 +61,7 @@ class MergeResult:
     bytes: int
     quantized: QuantizeResult | None
     evaluation: Evaluation | None
+    was_there: bool
 
 
 @torch.no_grad()
@@ -103,7 +105,8 @@ def merge(
     tell("hash input", 1, 1)
 
     folder, quantized = Path(output), None
-    if not force and manifest.is_made(folder, identity):
+    was_there = not force and manifest.is_made(folder, identity)
+    if was_there:
         tidy(folder)
     else:
         with PartialFolder(folder, identity, force) as partial:
@@ -125,6 +128,7 @@ def merge(
         bytes=sum(file["bytes"] for name, file in written["outputs"].items() if name.endswith(".safetensors")),
         quantized=quantized,
         evaluation=evaluation,
+        was_there=was_there,
     )
 
 

@@ -133,7 +133,8 @@ def quantize(
         resumed = 0
         for index, path in enumerate(job.blocks):
             tell("quantize", index, len(job.blocks))
-            job.read_ahead(index + 1)
+            if stream is not None or not partial.finished(job.shards[min(index + 2, len(job.blocks))]):
+                job.read_ahead(index + 1)
             shard = job.shards[index + 1]
             if partial.finished(shard):
                 resumed += 1

@@ -230,7 +230,10 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("same_top1", "same_top1_stderr"), lambda share: f"{100 * share:.2f} %"),
     "length": lambda tokens: f"{tokens} tokens",
 }  # fmt: skip
-# The same for all that is in a nested mapping.
+# Nested mappings of facts, by what their name ends with: a recipe's facts stand under its file. Names in other mappings are those of
+# files, kernels or parts, and stay as they are.
+FACTS_INSIDE = ("evaluation", ".yaml", ".yml")
+# The same as SHOWN for all that is in a nested mapping.
 SHOWN_INSIDE: Mapping[str, Callable[[Any], str]] = {"bytes_by_part": megabytes}
 
 
@@ -240,14 +243,13 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
 
-    def add(values: Mapping[str, Any], indent: str, show_all: Callable[[Any], str] | None) -> None:
+    def add(values: Mapping[str, Any], indent: str, are_facts: bool, show_all: Callable[[Any], str] | None) -> None:
         for name, value in values.items():
-            # Names of files and parts stay as they are.
-            shown = indent + (name.replace("_", " ") if not indent and name.isidentifier() else name)
+            shown = indent + (name.replace("_", " ") if are_facts and name.isidentifier() else name)
             show = show_all or SHOWN.get(name)
             if isinstance(value, Mapping):
                 table.add_row(shown, "")
-                add(value, indent + "  ", SHOWN_INSIDE.get(name))
+                add(value, indent + "  ", name.endswith(FACTS_INSIDE), SHOWN_INSIDE.get(name))
             elif value is None:
                 continue
             elif show is not None:
@@ -259,7 +261,7 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
             else:
                 table.add_row(shown, str(value))
 
-    add(facts, "", None)
+    add(facts, "", True, None)
     return table
 
 

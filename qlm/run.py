@@ -145,7 +145,8 @@ def run_recipe(
         backend += (
             f" {section.bits}-bit" if result.choice is None else f" mixed {result.choice['average_bits']:.2f}-bit"
         )
-    # What is meant without a word need not be said.
-    if section.backend != "quanto" and section.quality != ("balanced" if section.backend == "gptq" else "fast"):
+    # int8 and nf4 without a text are `fast` by themselves.
+    asked_for = "quality" in section.model_fields_set and (section.quality != "fast" or recipe.calibration is not None)
+    if asked_for:
         backend += f", {section.quality}"
     return Row(name, Path(recipe.model).name, backend, result, evaluation, quantize_seconds, seconds, peak)

@@ -21,12 +21,12 @@ _UNIT = 8
 
 
 # flash-attn takes no mask, and so no cache that is only filled in part.
-_ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = ("sdpa", "eager")
 
 
 def can_decode(model: Any) -> bool:
     """Whether `StaticDecoder` takes the model: by its attention, and on one device."""
-    return model.config._attn_implementation in _ATTENTIONS and len({p.device for p in model.parameters()}) == 1
+    return model.config._attn_implementation in ATTENTIONS and len({p.device for p in model.parameters()}) == 1
 
 
 class StaticDecoder:
@@ -50,9 +50,9 @@ class StaticDecoder:
 
         attention = model.config._attn_implementation
         if not can_decode(model):
+            devices = ", ".join(sorted({str(p.device) for p in model.parameters()}))
             raise UsageError(
-                f"attention: {attention}, on {len({p.device for p in model.parameters()})} devices; steps of fixed shape need one device and "
-                f"{' or '.join(_ATTENTIONS)}"
+                f"attention: found {attention} on {devices}; steps of fixed shape need {' or '.join(ATTENTIONS)}, on one device"
             )
         self.model, self.batch = model, batch
         # Its own, also while `decoding_with` puts another in its place.
@@ -75,22 +75,24 @@ class StaticDecoder:
         self._go_to(0)
 
     def _record(self, device: torch.device) -> None:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._go_to(0)
-                self._forward()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._go_to(0)
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph):
-                self._logits = self._forward()
-        except RuntimeError as error:
-            raise Unavailable(
-                f"a step of this model cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); decode without: --no-graphs"
-            ) from error
+        # A graph is captured on a stream of the current device, which need not be the model's.
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._go_to(0)
+                    self._forward()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._go_to(0)
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph, stream=stream):
+                    self._logits = self._forward()
+            except RuntimeError as error:
+                raise Unavailable(
+                    f"a step of this model cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); decode without: --no-graphs"
+                ) from error
 
     def _go_to(self, position: int) -> None:
         """In place: a graph knows the tensors by their addresses. What the cache holds from there on counts no more."""
@@ -116,8 +118,15 @@ class StaticDecoder:
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
-        """Begin anew with ids int64 [B, T]: logits [B, V] of the last."""
+        """Begin anew with ids int64 [B, T]: logits [B, V] of the last.
+
+        Raises:
+            UsageError: they do not fit into the cache.
+        """
         from transformers import DynamicCache
+
+        if ids.shape[1] > self.length:
+            raise UsageError(f"{ids.shape[1]} tokens: the cache was made for {self.length}; make a longer one")
 
         # With a cache that grows the prompt's attention is the fast one, over itself alone and without a mask.
         grown: Any = DynamicCache(config=self.model.config)
@@ -147,26 +156,27 @@ class StaticDecoder:
         self.position += 1
         return self._logits
 
-    def follow(self, ids: Tensor) -> Tensor:
-        """Logits [B, V] after ids int64 [B, T], all of a sequence so far: the prompt, or one token more than the last time."""
-        if ids.shape[1] == self.position + 1 and self.position:
-            return self.step(ids[:, -1])
-        return self.prefill(ids)
-
 
 @contextmanager
 def decoding_with(decoder: StaticDecoder) -> Iterator[None]:
-    """Inside, transformers' generation loop on the decoder's model, told to use no cache, runs on the decoder."""
+    """Inside, transformers' generation loop on the decoder's model, told to use no cache, runs on the decoder: one text, or several side by
+    side, each call of the model with all ids so far."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    def forward(input_ids: Tensor, **others: Any) -> Any:
-        return CausalLMOutputWithPast(logits=decoder.follow(input_ids)[:, None])
+    begun = False
 
-    model = decoder.model
-    own = model.forward
-    model.forward = forward
+    def forward(input_ids: Tensor, **others: Any) -> Any:
+        nonlocal begun
+        logits = decoder.step(input_ids[:, -1]) if begun else decoder.prefill(input_ids)
+        begun = True
+        return CausalLMOutputWithPast(logits=logits[:, None])
+
+    # An instance may have a forward of its own, accelerate's.
+    own = vars(decoder.model).get("forward")
+    decoder.model.forward = forward
     try:
         yield
     finally:
-        # What was there before may have been an instance's own, accelerate's.
-        model.forward = own
+        del decoder.model.forward
+        if own is not None:
+            decoder.model.forward = own

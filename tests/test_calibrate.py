@@ -83,6 +83,10 @@ class TestReading:
             path.write_text(damaged)
             with pytest.raises(DataError, match=r"a\.jsonl:1: expected a JSON object with a string 'text'"):
                 read_text(CalibrationRecipe(data=str(path)))
+        for words in ('"a prompt and its completion"', '["prompt", "completion"]'):  # no object with these keys
+            path.write_text(words)
+            with pytest.raises(DataError, match=r"a\.jsonl:1: expected a JSON object with a string 'text'"):
+                read_text(source(path))
 
     @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
     @pytest.mark.parametrize("content", ["", " \n\t\n"], ids=["empty", "blank"])

@@ -360,6 +360,10 @@ class TestAdapter:
         alone = json.loads(cli("evaluate", folder, *options)[1])
         assert apart["perplexity"] == pytest.approx(merged["evaluation"]["perplexity"], rel=1e-5)
         assert merged["evaluation"]["kl_divergence"] < 1e-8
+        code, out, err = cli("merge", folder, other, "--into", "float", "--output", tmp_path / "m", *options[:-2])
+        assert (code, f"merge: {tmp_path / 'm'} was there already" in err.splitlines()) == (0, True)
+        assert re.search(r"^  baseline +the base with the adapter *$", out, re.MULTILINE)
+        assert re.search(r"^  baseline perplexity stderr +\d", out, re.MULTILINE)
         assert abs(apart["perplexity"] / alone["perplexity"] - 1) > 0.01
         again = json.loads(cli("evaluate", tmp_path / "m", *options)[1])
         assert again["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-5)

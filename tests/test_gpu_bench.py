@@ -76,3 +76,7 @@ def test_what_does_not_fit(folder_of: Callable[[str], Path]) -> None:
         gpu_bench(folder_of("opt"), prompt_tokens=60, new_tokens=60, device="cpu")
     with pytest.raises(UsageError, match="batch 0"):
         gpu_bench(folder_of("opt"), batch=0, device="cpu")
+    with pytest.raises(UsageError, match="flash_attention_2: recorded steps need sdpa or eager"):
+        gpu_bench(folder_of("opt"), device="cpu", attn_implementation="flash_attention_2")
+    with pytest.raises(UsageError, match="device: 'foo'"):
+        gpu_bench(folder_of("opt"), device="foo")

@@ -71,7 +71,7 @@ DOORS = {
     "bitsandbytes": {"qlm.backends.nf4_linear"},
     "optimum": {"qlm.backends.quanto"},
     "compressed_tensors": set(),
-    "triton": {"qlm.kernels.cuda.gptq", "qlm.kernels.cuda.int8", "qlm.kernels.cuda.tune"},
+    "triton": {"qlm.kernels.cuda.gptq", "qlm.kernels.cuda.int8", "qlm.kernels.cuda.cut", "qlm.kernels.cuda.tune"},
     "rich": {"qlm.cli", "qlm.report"},
     "typer": {"qlm.cli", "qlm.report"},
     "datasets": {"qlm.calibrate"},

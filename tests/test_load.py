@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, processors
 import qlm
 from qlm.arch import FAMILIES as SPECS
 from qlm.errors import DataError, MissingInput, Unavailable, UsageError
-from qlm.load import block_paths, device_map, tied_names
+from qlm.load import block_paths, device_map, set_parameter, tied_names
 from qlm.recipe import parse_recipe
 from tests import tiny_models
 from tests.conftest import BACKENDS, FAMILIES, ROOT, SPECIALS, change_json, recipe_text
@@ -484,6 +484,46 @@ class TestSeveralDevices:
         assert tied == bool(tied_names(SPECS[model.config.model_type], model.config, "causal-lm"))
         found = model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
         assert found.shape[1] == 7
+
+    @pytest.mark.parametrize("task", ["causal-lm", "base"])
+    @pytest.mark.parametrize("backend", ["float", "int8"])
+    @pytest.mark.parametrize("variant", FAMILIES)
+    def test_each_tensor_is_put_where_it_belongs_and_once(
+        self, variant: str, backend: str, task: Any, folder_of: Callable[[str], Path], text_file: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """GPTBigCode's base model has a buffer of its own, and so is a part of the map's like others, with all blocks inside."""
+        folder, module = folder_of(variant), sys.modules["qlm.load"]
+        if backend != "float":
+            recipe = parse_recipe(recipe_text(folder, tmp_path / "out", backend, text_file), "r.yaml")
+            folder = qlm.quantize(recipe).output
+        self.fake(monkeypatch, cpu=1, cpu_0=1)
+        filled: list[tuple[str, str]] = []
+        whole, quantized = module.fill, module._quantized_module
+        here: list[str] = []
+
+        def fill(model: Any, source: Any, path: str = "", *, dtype: Any, device: str) -> None:
+            here.append(device)
+            whole(model, source, path, dtype=dtype, device=device)
+
+        def put(model: Any, name: str, tensor: Any) -> None:
+            filled.append((name, here[-1]))
+            set_parameter(model, name, tensor)
+
+        def made(source: Any, linear: Any, path: str, dtype: Any, device: str) -> Any:
+            filled.append((path, device))
+            return quantized(source, linear, path, dtype, device)
+
+        monkeypatch.setattr(module, "fill", fill)
+        monkeypatch.setattr(module, "set_parameter", put)
+        monkeypatch.setattr(module, "_quantized_module", made)
+        model = qlm.load(folder, task=task, dtype=torch.float32, device="auto")
+        assert len({name for name, _ in filled}) == len(filled)
+        where = model.hf_device_map
+        for name, device in filled:
+            (part,) = [path for path in where if name == path or name.startswith(f"{path}.")]
+            assert device == where[part], name
+        assert "" not in where
 
     @pytest.mark.parametrize(("first", "blocks"), [(1, 6), (3, 9), (0, 0), (99999, 12)])
     def test_shares(self, first: int, blocks: int) -> None:

@@ -385,13 +385,14 @@ class TestAgain:
         content = files_of(tmp_path / "out")
         times = [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()]
         torch.manual_seed(5)
-        assert merge(*arguments, calibration=calibration(into), quantize_settings=FAST[into]).linears == 12
+        again = merge(*arguments, calibration=calibration(into), quantize_settings=FAST[into])
+        assert (again.linears, again.was_there) == (12, True)
         assert times == [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()]
         # Made anew, somewhere else: the same bytes.
         other = merge(
             *arguments[:3], tmp_path / "deep" / "other", calibration=calibration(into), quantize_settings=FAST[into]
         )
-        assert files_of(other.output) == content
+        assert (files_of(other.output), other.was_there) == (content, False)
         assert merge(*arguments, calibration=calibration(into), quantize_settings=FAST[into], force=True)
         assert files_of(tmp_path / "out") == content
         with pytest.raises(CannotCreate, match="exists already"):

@@ -82,14 +82,14 @@ def test_facts(capsys: pytest.CaptureFixture[str]) -> None:
         "layers": 12, "bits_per_weight": 4.123456789, "bytes": 1_500_000, "tied": True, "nothing": None, "kernels": {"a_b": "x"},
         "bytes_by_part": {"norms": 2_000_000}, "my_disk.yaml": {"linears": 12, "disk": 3_000_000_000}, "paths": ["a.b", "c.d"],
         "kl_divergence": 0.000123456, "same_top1": 0.9512, "perplexity": 12.5, "perplexity_stderr": None, "length": 32,
-        "diskette": 5, "seconds": 1.5,
+        "diskette": 5, "seconds": 1.5, "evaluation": {"perplexity_stderr": 0.5},
     }  # fmt: skip
     lines = [" ".join(line.split()) for line in shown(facts_table(facts), capsys)]
     assert lines == [
         "layers 12", "bits per weight 4.12346", "bytes 1.50 MB", "tied True", "kernels", "a_b x",
         "bytes by part", "norms 2.00 MB", "my_disk.yaml", "linears 12", "disk 3.00 GB", "paths a.b", "c.d",
         "kl divergence 0.000123456 nats", "same top1 95.12 %", "perplexity 12.5", "length 32 tokens", "diskette 5",
-        "seconds 1.5",
+        "seconds 1.5", "evaluation", "perplexity stderr 0.5",
     ]  # fmt: skip
 
 

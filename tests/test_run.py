@@ -90,7 +90,7 @@ def test_peak_memory_can_be_reset() -> None:
     ("backend", "settings", "said"),
     [
         ("gptq", {}, "gptq 4-bit"),
-        ("gptq", {"quality": "balanced"}, "gptq 4-bit"),
+        ("gptq", {"quality": "balanced"}, "gptq 4-bit, balanced"),
         ("gptq", {"quality": "fast", "bits": 3}, "gptq 3-bit, fast"),
         ("int8", {}, "int8"),
         ("nf4", {"quality": "fast"}, "nf4"),
@@ -98,7 +98,7 @@ def test_peak_memory_can_be_reset() -> None:
         ("quanto", {}, "quanto"),
     ],
 )
-def test_the_row_names_a_quality_other_than_the_usual(
+def test_the_row_names_a_quality_that_was_asked_for(
     backend: str, settings: dict[str, Any], said: str, folder_of: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     recipe = parse_recipe(recipe_text(folder_of("opt"), tmp_path / "out", backend, text_file, **settings), "r.yaml")

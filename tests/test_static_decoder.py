@@ -1,9 +1,13 @@
 """Steps of fixed shape: the same logits as transformers' own with a cache that grows, the same texts, and nothing that waits for a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +47,7 @@ def test_logits(variant: str, attention: str) -> None:
     for prompt in (tiny_models.token_ids(2, 9), tiny_models.token_ids(2, 13)[:, 3:]):
         wanted, ids = by_hand(model, prompt, 8)
         for index, logits in enumerate(wanted):
-            found = decoder.follow(ids[:, : prompt.shape[1] + index])
+            found = decoder.step(ids[:, prompt.shape[1] + index - 1]) if index else decoder.prefill(prompt)
             assert (found - logits).abs().max() < TOLERANCE
             assert decoder.position == prompt.shape[1] + index
 
@@ -60,7 +64,8 @@ def test_backends(
     decoder = StaticDecoder(model, 1, 12)
     for index, logits in enumerate(wanted):
         # int8 activations: a last bit may move one by a step.
-        assert (decoder.follow(ids[:, : 6 + index]) - logits).abs().max() < 2e-2 * logits.std()
+        found = decoder.step(ids[:, 5 + index]) if index else decoder.prefill(ids[:, :6])
+        assert (found - logits).abs().max() < 2e-2 * logits.std()
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
@@ -81,9 +86,14 @@ def test_a_step_waits_for_nothing(variant: str, attention: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"greedy": True}, {"seed": 3, "temperature": 1.3, "top_k": 20, "num_return_sequences": 3}]
 )
-@pytest.mark.parametrize("variant", FAMILIES)
-def test_generate(variant: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("variant", "with_adapter"), [*((variant, False) for variant in FAMILIES), (FAMILIES[0], True)]
+)
+def test_generate(variant: str, with_adapter: bool, options: dict[str, Any]) -> None:
     model, tokenizer = pair(variant)
+    if with_adapter:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     wanted = generate(model, tokenizer, PROMPT, max_new_tokens=24, graphs=False, **options)
     steps: list[int] = []
     true = StaticDecoder.step
@@ -108,6 +118,44 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt), decoding_with(decoder):
         raise KeyboardInterrupt
     assert torch.equal(model(ids).logits, before)
+    assert "forward" not in vars(model)
+
+
+def test_one_text_after_the_other() -> None:
+    """A second prompt that is one token longer than the first text is a prompt."""
+    model, ids = tiny_models.build(FAMILIES[0]), tiny_models.token_ids(2, 9)
+    decoder = StaticDecoder(model, 1, 12)
+    for prompt in (ids[:1, :5], ids[1:, :6]):
+        wanted = model(prompt).logits[:, -1]
+        with decoding_with(decoder):
+            found = model(prompt).logits[:, -1]
+        assert (found - wanted).abs().max() < TOLERANCE
+
+
+def test_the_graph_is_recorded_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another GPU than the current one a graph would be empty."""
+    inside: list[Any] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def on(device: Any, **more: Any) -> Iterator[None]:
+        inside.append((device, more))
+        yield
+
+    said = {
+        "device": on,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": on,
+        "CUDAGraph": object,
+        "graph": on,
+    }
+    decoder = StaticDecoder(tiny_models.build(FAMILIES[0]), 1, 8)
+    with mock.patch.multiple(torch.cuda, **said):
+        decoder._record(torch.device("cuda", 1))
+    assert inside[0] == (torch.device("cuda", 1), {})
+    assert inside[-1][1] == {"stream": stream}
+    assert decoder.graph is not None
 
 
 def test_a_full_cache() -> None:
@@ -117,6 +165,8 @@ def test_a_full_cache() -> None:
     decoder.step(torch.tensor([3]))
     with pytest.raises(UsageError, match="8 tokens: the cache was made for 8"):
         decoder.step(torch.tensor([3]))
+    with pytest.raises(UsageError, match="9 tokens: the cache was made for 8"):
+        decoder.prefill(tiny_models.token_ids(1, 9))
 
 
 def test_what_it_does_not_take() -> None:

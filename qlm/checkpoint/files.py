@@ -297,15 +297,21 @@ def check_output(output: Path, force: bool, identity: Mapping[str, Any] | None =
     """
     if not os.path.lexists(output):
         return False
-    if not force:
-        difference = "" if identity is None else _difference(_made_from(output, identity), identity)
-        raise CannotCreate(f"{output}: exists already{difference}; give another output, or --force to replace it")
     is_folder = output.is_dir() and not output.is_symlink()
     if not is_folder or ((names := _names(output)) and MARKER not in names):
+        found = f"it has no {MARKER}" if is_folder else "it is no folder"
+        refused = ", so --force does not replace it" if force else ""
         raise CannotCreate(
-            f"{output}: is not an output of qlm (it has no {MARKER}), so --force does not replace it; remove "
-            "it yourself or give another output"
+            f"{output}: exists already and is not an output of qlm ({found}){refused}; give another output, or remove it yourself"
         )
+    if not force:
+        difference = ""
+        if identity is not None:
+            former = _made_from(output, identity)
+            if threads := _other_threads(former, identity):
+                raise CannotCreate(f"{output}: was made with {threads}")
+            difference = _difference(former, identity)
+        raise CannotCreate(f"{output}: exists already{difference}; give another output, or --force to replace it")
     return True
 
 
@@ -517,6 +523,8 @@ class PartialFolder:
 
     def _check_identity(self, text: bytes) -> None:
         former = strict_json.load_object(text, str(self.partial / "identity.json"))
+        if threads := _other_threads(former, self._identity):
+            raise UsageError(f"{self.partial}: was begun with {threads}")
         if difference := _difference(former, self._identity):
             raise UsageError(
                 f"{self.partial}: an unfinished run{difference}; run what it was started with, or give --force to start over"
@@ -640,6 +648,15 @@ def _made_from(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
             written = strict_json.load_object(text, str(output / MARKER))
             return {key: written[key] for key in identity if key in written}
     return dict(identity)
+
+
+def _other_threads(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """That two identities differ in the number of threads and in nothing else, in words that go on from "made with"; or empty."""
+    before, after = former.get("threads"), now.get("threads")
+    if before is None or after is None or before == after or _difference({**former, "threads": after}, now):
+        return ""
+    plural = "" if before == 1 else "s"
+    return f"{before} thread{plural}, and this run has {after}: give --threads {before}, or --force to start over"
 
 
 def _difference(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -13,10 +13,12 @@ happens in between into an error.
 Nothing here imports torch, except that `read` does when it makes its first tensor.
 """
 
+import itertools
 import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -177,9 +179,13 @@ class Checkpoint:
     def read_ahead(self, names: Iterable[str]) -> None:
         """Let the system begin to read these tensors from the disk while something else is done; returns at once. They take memory of
         the system's cache only, which is there to be taken back."""
-        for info in (self.tensors[name] for name in names):
-            with self._folder.open(info.file.name) as descriptor:
-                os.posix_fadvise(descriptor, info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
+        infos = sorted((self.tensors[name] for name in names), key=lambda info: info.file)
+        for file, of_file in itertools.groupby(infos, key=lambda info: info.file):
+            with self._folder.open(file.name) as descriptor:
+                for info in of_file:
+                    # It is advice: a file system need not take it.
+                    with suppress(OSError):
+                        os.posix_fadvise(descriptor, info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
 
     def map(self, name: str) -> MappedTensor:
         """The tensor where it lies in its file, which is mapped as a whole once and stays so as long as the checkpoint

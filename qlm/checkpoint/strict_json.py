@@ -39,7 +39,9 @@ def loads(data: bytes, source: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     except json.JSONDecodeError as error:
         # `source` may name a line of a file already, and then there is one line here.
         where = f"line {error.lineno} column {error.colno}" if b"\n" in data.strip() else f"column {error.colno}"
-        raise DataError(f"{source}: not valid JSON: {error.msg}: {where}") from None
+        # Some of Python's messages end with "at" or "starting at" already.
+        what = error.msg.removesuffix(" at").removesuffix(" starting")
+        raise DataError(f"{source}: not valid JSON: {what} at {where}") from None
     except ValueError as error:
         raise DataError(f"{source}: not valid JSON: {error}") from None
 

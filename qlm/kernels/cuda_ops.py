@@ -14,13 +14,14 @@ Environment, read at the first call:
 """
 
 import functools
+import importlib
 import importlib.util
+import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ _MATVEC_ROWS_BESIDE_TENSOR_CORES = 4
 # From more rows than this a weight is dequantized once and multiplied by cuBLAS: the tile kernel would dequantize it for each block of
 # rows again. Not measured yet; evals/gpu_kernels.py times both.
 FUSED_ROWS = 256
+# torch._int_mm takes more rows than this on CUDA (torch 2.13, `_int_mm_out_cuda`).
+_INT_MM_ROWS = 16
 # int32 holds sum((q - zero_point) * w) with w = -128 too; beyond it the reference subtracts in int64.
 _MOST_INT8_IN_FEATURES = (2**31 - 1) // (255 * 128)
 
@@ -71,6 +74,9 @@ def why_not(index: int) -> str:
     reason = _missing(index)
     if reason and chosen == "native":
         raise Unavailable(f"QLM_KERNELS=native: no GPU kernels, since {reason}; unset it to compute with torch")
+    if reason:
+        # Once for a device, since this is cached.
+        logging.getLogger("qlm").warning("qlm: note: int8 and GPTQ run through plain torch, slowly, since %s", reason)
     return reason
 
 
@@ -91,6 +97,8 @@ def _missing(index: int) -> str:
         # What only a launch can tell: whether there is a C compiler for Triton's launcher, and a driver new enough for its code.
         with torch.cuda.device(index):
             kernels("int8").quantize(torch.zeros(1, 16, device="cuda"), False)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of Triton, the C compiler, the driver
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"Triton cannot launch a kernel: {lines[0]}"
@@ -120,16 +128,10 @@ def describe(index: int = 0) -> str:
     )
 
 
+@functools.cache
 def kernels(name: str) -> Any:
     """The module `qlm.kernels.cuda.NAME`, which imports Triton."""
-    return _import(name)
-
-
-@functools.cache
-def _import(name: str) -> ModuleType:
-    from qlm.kernels.cuda import gptq, int8, tune
-
-    return {"gptq": gptq, "int8": int8, "tune": tune}[name]
+    return importlib.import_module(f"qlm.kernels.cuda.{name}")
 
 
 def _gpu_of(x: Tensor, *weights: Tensor) -> Gpu | None:
@@ -175,7 +177,7 @@ def int8_product(
         return x.new_empty(*leading, N)
     int8, tune = kernels("int8"), kernels("tune")
     rows = x.numel() // K
-    cublas = rows > 16 and K % 8 == 0 and N % 8 == 0 and x.is_cuda
+    cublas = rows > _INT_MM_ROWS and K % 8 == 0 and N % 8 == 0 and x.is_cuda
     if rows > MATVEC_ROWS and not gpu.tensor_cores and not cublas:
         return None
     tokens = int8.quantize(x.reshape(rows, K).contiguous(), symmetric_input)
@@ -376,4 +378,7 @@ def _make_gptq_layer(
         return _GptqLayer(made_of, zero_point, size)
     order = order.to(qweight.device)
     words = kernels("gptq").arrange(qweight, order, bits)
+    if words.is_cuda:
+        # Another thread, on another stream, may be the next to read them.
+        torch.cuda.synchronize(words.device)
     return _GptqLayer(made_of, zero_point, size, order, in_order.to(g_idx), words)

@@ -1,8 +1,8 @@
 """Text, JSONL or a hub dataset into rows of token ids and labels, and rows into batches. Knows no model and no training loop.
 
-A row is what goes through the model as one sequence. A label of -100 (torch's `ignore_index`) is not learned. transformers' language
-models shift labels by one themselves, so that nothing predicts the first token of a row: its label is always -100, and whoever counts
-the other labels has counted what the loss is a mean of.
+A row is what goes through the model as one sequence. A label of -100 (torch's `ignore_index`) is not learned. A language model's labels
+are the row's own ids, and `language_loss` predicts each from those before it, so that nothing predicts the first token of a row: its
+label is always -100, and whoever counts the other labels has counted what the loss is a mean of. Labels of a head are not shifted.
 
 | sample | ids | learned |
 |---|---|---|
@@ -49,9 +49,10 @@ class Samples:
 
     Attributes:
         rows: `input_ids` with `labels` (a list of the same length, or one number), or with `start_positions` and `end_positions`.
-        facts: `data` (the name of the file), its `bytes` and `sha256` (of a hub dataset: those of its rows as JSON), `samples` read,
-            `rows`, `tokens` in them, `learned` (predictions that the loss counts), `cut` and `skipped` (samples longer than a row),
-            `empty` (rows of a hub dataset without text), `left_over` (tokens after the last row of a plain text).
+        facts: `data` (the name of the file), its `bytes` and `sha256` (of a hub dataset: those of its rows as JSON), `rows`, `tokens`
+            in them, `learned` (predictions that the loss counts), `left_over` (tokens after the last row of a plain text); but for plain
+            text also `samples` read, `cut` and `skipped` (samples longer than a row), `empty` (rows of a hub dataset without text). A
+            part of a file (`split`) has `rows`, `tokens` and `learned` of its own, and in `file` all but its name that is of the whole.
     """
 
     rows: list[Row]
@@ -178,6 +179,8 @@ def split(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
     Raises UsageError where there are not two rows.
     """
     total = len(samples.rows)
+    own = {key: samples.facts[key] for key in ("data", "bytes", "sha256")}
+    whole = {key: value for key, value in samples.facts.items() if key not in own}
     if total < 2:
         raise UsageError(
             f"train.validation: found a share of {total} row(s) of {samples.facts['data']}; give a file, or more data"
@@ -189,11 +192,33 @@ def split(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
     def part(is_held: bool) -> Samples:
         rows = [row for number, row in enumerate(samples.rows) if (number in chosen) == is_held]
         tokens = sum(len(_list(row["input_ids"])) for row in rows)
-        return Samples(
-            rows, {**samples.facts, "rows": len(rows), "tokens": tokens, "learned": sum(map(_learned, rows))}
-        )
+        facts = {"rows": len(rows), "tokens": tokens, "learned": sum(map(_learned, rows)), "file": whole}
+        return Samples(rows, own | facts)
 
     return part(False), part(True)
+
+
+def shortened(facts: Mapping[str, Mapping[str, Any]], max_length: int) -> dict[str, str]:
+    """What was not read as it is, in words: `cut` and `left_out`, neither where everything was.
+
+    Args:
+        facts: those of `data` and, where there is one, of `validation`.
+    """
+    # Two parts of one file have their samples in common.
+    read = [("samples", facts["data"].get("file", facts["data"]))]
+    if "validation" in facts and "file" not in facts["validation"]:
+        read.append(("for validation", facts["validation"]))
+
+    def counted(key: str) -> str:
+        return " and ".join(f"{each[key]:,} of {each['samples']:,} {what}" for what, each in read if each.get(key))
+
+    words = {}
+    if cut := counted("cut"):
+        words["cut"] = f"{cut}, to {max_length:,} tokens (train.too_long)"
+    out = [f"{skipped}, longer than {max_length:,} tokens (train.too_long)"] if (skipped := counted("skipped")) else []
+    if empty := sum(each.get("empty", 0) for _, each in read):
+        out.append(f"{empty:,} without text")
+    return words | ({"left_out": "; ".join(out)} if out else {})
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
@@ -306,8 +331,8 @@ def _plain_text(path: Path, tokenizer: Any, spec: FamilySpec, max_length: int) -
         raise UsageError(f"{path.name}: found one token; expected a text to learn from")
     rows: list[Row] = [{"input_ids": window, "labels": [NOT_LEARNED, *window[1:]]} for window in windows]
     facts: dict[str, Any] = {
-        "data": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "samples": len(rows), "rows": len(rows),
-        "tokens": sum(map(len, windows)), "learned": sum(map(_learned, rows)), "cut": 0, "skipped": 0, "empty": 0, "left_over": len(left_over),
+        "data": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "rows": len(rows), "tokens": sum(map(len, windows)),
+        "learned": sum(map(_learned, rows)), "left_over": len(left_over),
     }  # fmt: skip
     return Samples(rows, facts)
 

@@ -29,6 +29,7 @@ from qlm.plan import (
     stored_bytes,
 )
 from qlm.recipe import FinetuneRecipe
+from qlm.training.data import shortened
 from qlm.training.job import Job, Process, base_quantizing_recipe
 from qlm.training.language_loss import logits_bytes
 
@@ -45,13 +46,14 @@ class TrainingPlan:
     """What a run needs.
 
     Attributes:
-    steps: of the run. tokens_per_step: at most, over all processes.
-    trainable: parameters of the adapter; a task's head is not counted.
-    base_memory, adapter_memory, activation_memory: bytes on the device that trains.
-    memory: all of that, with what the process takes where the device is the CPU, or the most that making the base takes.
-    memory_available: on that device; on a GPU that is not there, -1.
-    disk, disk_free: bytes of the base that is made, the adapter and the checkpoints.
-    seconds: of making the base and of training on this CPU; -1 for a GPU.
+        steps: of the run. tokens_per_step: at most, over all processes.
+        trainable: parameters of the adapter; a task's head is not counted.
+        base_memory, adapter_memory, activation_memory: bytes on the device that trains.
+        memory: all of that, with what the process takes where the device is the CPU, or the most that making the base takes.
+        memory_available: on that device; on a GPU that is not there, -1.
+        disk, disk_free: bytes of the base that is made, the adapter and the checkpoints.
+        seconds: of making the base and of training on this CPU; -1 for a GPU.
+        shortened: samples that are cut or left out, in words; None where none is.
     """
 
     steps: int
@@ -65,6 +67,7 @@ class TrainingPlan:
     disk: int
     disk_free: int
     seconds: float
+    shortened: str | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,10 +75,12 @@ class TrainingPlan:
     def in_words(self) -> str:
         """One line."""
         there = "" if self.memory_available < 0 else f" of {gigabytes(self.memory_available)}"
-        minutes = "" if self.seconds < 0 else f", about {max(1, round(self.seconds / 60))} min"
+        time = f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.0f} min"
+        about = "" if self.seconds < 0 else f", about {time}"
+        shortened = "" if self.shortened is None else f"; {self.shortened}"
         return (
             f"{self.steps} steps of at most {self.tokens_per_step} tokens, {self.trainable} parameters to learn: needs about "
-            f"{gigabytes(self.memory)}{there} of memory, {gigabytes(self.disk)} of disk{minutes}"
+            f"{gigabytes(self.memory)}{there} of memory, {gigabytes(self.disk)} of disk{about}{shortened}"
         )
 
 
@@ -104,6 +109,7 @@ def plan_job(recipe: FinetuneRecipe, job: Job, process: Process) -> TrainingPlan
         needs = plan(quantizing, str(process.device))
         memory, disk, seconds = max(memory, needs.quantize_memory), disk + needs.disk, needs.quantize_seconds
     per_step = tokens * train.gradient_accumulation * process.count
+    lost = shortened(job.facts, job.max_length)
     return TrainingPlan(
         steps=job.steps,
         tokens_per_step=per_step,
@@ -116,6 +122,7 @@ def plan_job(recipe: FinetuneRecipe, job: Job, process: Process) -> TrainingPlan
         disk=disk,
         disk_free=free_disk(Path(recipe.output)),
         seconds=round(seconds + _seconds(recipe, job, model), 1) if on_cpu else -1.0,
+        shortened="; ".join(f"{key.replace('_', ' ')}: {words}" for key, words in lost.items()) or None,
     )
 
 

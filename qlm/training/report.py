@@ -179,13 +179,14 @@ def _base(recipe: Mapping[str, Any]) -> str:
 
 def _data(facts: Mapping[str, Any]) -> str:
     """The file's name, what was read of it, and what became of samples that are no use as they are."""
-    out = [
-        f"{facts['rows']:,} rows",
-        f"{facts['tokens']:,} tokens",
-        f"{facts['samples']:,} samples: {facts['cut']:,} cut, {facts['skipped']:,} skipped, {facts['empty']:,} empty",
-    ]
-    if facts["left_over"]:
-        out.append(f"{facts['left_over']:,} tokens left over at the end")
+    whole = facts.get("file", facts)
+    share, of_file = (f" of the file's {whole['rows']:,}", "the file's ") if whole is not facts else ("", "")
+    out = [f"{facts['rows']:,}{share} rows", f"{facts['tokens']:,} tokens"]
+    if "samples" in whole:
+        lost = ", ".join(f"{whole[key]:,} {key}" for key in ("cut", "skipped", "empty"))
+        out.append(f"{of_file}{whole['samples']:,} samples: {lost}")
+    if whole["left_over"]:
+        out.append(f"{whole['left_over']:,} tokens left over at {of_file or 'the '}end")
     return f"{facts['data']}: {'; '.join(out)}"
 
 

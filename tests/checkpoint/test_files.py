@@ -109,16 +109,20 @@ def test_force_replaces_an_output_of_qlm(tmp_path):
     assert sorted(contents(tmp_path)) == ["out/", *(f"out/{name}" for name in KEEP)]
 
 
+@pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("what", ["folder", "file", "link"])
-def test_force_replaces_nothing_that_qlm_did_not_write(tmp_path, what):
+def test_force_replaces_nothing_that_qlm_did_not_write(tmp_path, what, force):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("mine")
     output = tmp_path / {"folder": "home", "file": "home/letter.txt", "link": "link"}[what]
     if what == "link":
         output.symlink_to(tmp_path / "home")
     before = contents(tmp_path)
-    with pytest.raises(CannotCreate, match="is not an output of qlm"), PartialFolder(output, IDENTITY, force=True):
+    with pytest.raises(CannotCreate, match="is not an output of qlm") as caught, PartialFolder(output, IDENTITY, force):
         pass
+    # Nobody is sent to what would be refused as well.
+    assert ("--force" in str(caught.value)) == force
+    assert str(caught.value).endswith("; give another output, or remove it yourself")
     assert contents(tmp_path) == before
 
 
@@ -154,6 +158,18 @@ def test_another_identity_does_not_continue(tmp_path, change, words):
     assert contents(tmp_path) == before
     with PartialFolder(tmp_path / "out", IDENTITY) as folder:
         assert folder.finished("config.json")
+
+
+def test_other_threads_are_to_be_given_back(tmp_path):
+    with PartialFolder(tmp_path / "out", {**IDENTITY, "threads": 3}) as folder:
+        folder.write_json("config.json", {})
+    words = r"was begun with 3 threads, and this run has 1: give --threads 3, or --force to start over$"
+    with pytest.raises(UsageError, match=words), PartialFolder(tmp_path / "out", {**IDENTITY, "threads": 1}):
+        pass
+    # Not where that would be refused again.
+    both = {**IDENTITY, "threads": 1, "versions": {"torch": "0"}}
+    with pytest.raises(UsageError, match="unfinished run with another"), PartialFolder(tmp_path / "out", both):
+        pass
 
 
 def test_a_second_writer_is_refused(tmp_path):

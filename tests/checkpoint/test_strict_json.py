@@ -32,6 +32,17 @@ def test_refused(text, words):
     assert words in str(caught.value)
 
 
+def test_says_where():
+    for text, words in (
+        (b'{"text": "a', "Unterminated string at column 10"),
+        (b'{"a": "\t"}', "Invalid control character at column 8"),
+    ):
+        with pytest.raises(DataError, match=f"^x: not valid JSON: {words}$"):
+            loads(text, "x")
+    with pytest.raises(DataError, match=r"Expecting ',' delimiter at line 2 column 1$"):
+        loads(b'["a"\n"b"]', "x")
+
+
 def test_an_object_is_asked_for():
     assert load_object(b'{"a": [1, 2.5, null, true, "x"]}', "x") == {"a": [1, 2.5, None, True, "x"]}
     with pytest.raises(DataError, match="holds a JSON list; expected an object"):

@@ -14,7 +14,7 @@ from qlm.arch import FAMILIES as SPECS
 from qlm.errors import DataError, MissingInput, UsageError
 from qlm.load import load_tokenizer
 from qlm.recipe import DataSource
-from qlm.training.data import Samples, collate, read_samples, split
+from qlm.training.data import Samples, collate, read_samples, shortened, split
 from tests.conftest import FAMILIES
 
 Folder = Callable[..., Path]
@@ -76,8 +76,7 @@ class TestPlainText:
             assert row["labels"] == [OFF, *row["input_ids"][1:]]
         assert samples.facts == {
             "data": "t.txt", "bytes": len(self.TEXT), "sha256": hashlib.sha256(self.TEXT.encode()).hexdigest(),
-            "samples": len(samples.rows), "rows": len(samples.rows), "tokens": len(whole),
-            "learned": len(whole) - len(samples.rows), "cut": 0, "skipped": 0, "empty": 0, "left_over": 0,
+            "rows": len(samples.rows), "tokens": len(whole), "learned": len(whole) - len(samples.rows), "left_over": 0,
         }  # fmt: skip
 
     def test_packing_changes_nothing(self, read: Reader) -> None:
@@ -157,7 +156,7 @@ class TestTexts:
     @pytest.mark.parametrize(
         ("line", "expected"),
         [
-            ('{"text": "a"', "t.jsonl:3: not valid JSON: Expecting ',' delimiter: column 13"),
+            ('{"text": "a"', "t.jsonl:3: not valid JSON: Expecting ',' delimiter at column 13"),
             ('["a"]', "t.jsonl:3: holds a JSON list; expected an object"),
             ('{"text": "a", "text": "b"}', "t.jsonl:3: the key 'text' appears twice in one object"),
             ('{"text": NaN}', "t.jsonl:3: holds the number NaN, which is not allowed here"),
@@ -390,7 +389,8 @@ class TestDatasets:
 class TestSplit:
     @staticmethod
     def samples(rows: int) -> Samples:
-        return Samples([{"input_ids": [n, n], "labels": [OFF, n]} for n in range(rows)], {"data": "t.txt", "cut": 3})
+        facts = {"data": "t.txt", "bytes": 5, "sha256": "0", "rows": rows, "cut": 3}
+        return Samples([{"input_ids": [n, n], "labels": [OFF, n]} for n in range(rows)], facts)
 
     def test_parts(self) -> None:
         rest, held = split(self.samples(100), 0.07, 0)
@@ -398,9 +398,23 @@ class TestSplit:
         numbers = [[row["input_ids"][0] for row in part.rows] for part in (rest, held)]
         assert all(part == sorted(part) for part in numbers)
         assert sorted(numbers[0] + numbers[1]) == list(range(100))
-        assert rest.facts == {"data": "t.txt", "cut": 3, "rows": 93, "tokens": 186, "learned": 93}
+        whole = {"data": "t.txt", "bytes": 5, "sha256": "0", "file": {"rows": 100, "cut": 3}}
+        assert rest.facts == {**whole, "rows": 93, "tokens": 186, "learned": 93}
+        assert held.facts == {**whole, "rows": 7, "tokens": 14, "learned": 7}
         assert split(self.samples(100), 0.07, 0) == (rest, held)
         assert split(self.samples(100), 0.07, 1) != (rest, held)
+
+    def test_what_was_cut_in_words(self) -> None:
+        facts = {"samples": 1200, "cut": 1100, "skipped": 0, "empty": 0}
+        cut = {"cut": "1,100 of 1,200 samples, to 32 tokens (train.too_long)"}
+        part = {"rows": 1, "file": facts}
+        assert shortened({"data": facts}, 32) == shortened({"data": part, "validation": part}, 32) == cut
+        other = {"samples": 5, "cut": 2, "skipped": 3, "empty": 4}
+        assert shortened({"data": facts, "validation": other}, 32) == {
+            "cut": "1,100 of 1,200 samples and 2 of 5 for validation, to 32 tokens (train.too_long)",
+            "left_out": "3 of 5 for validation, longer than 32 tokens (train.too_long); 4 without text",
+        }
+        assert shortened({"data": {"rows": 3, "left_over": 1}}, 32) == {}
 
     @pytest.mark.parametrize(("share", "held"), [(0.001, 1), (0.999, 3)])
     def test_neither_part_is_empty(self, share: float, held: int) -> None:

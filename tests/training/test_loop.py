@@ -13,12 +13,12 @@ import torch.nn.functional as F
 import transformers
 
 from qlm.errors import CannotCreate, QlmError, Unavailable, UsageError
-from qlm.finetune import finetune
+from qlm.finetune import finetune, saved_step
 from qlm.load import load
 from qlm.training import loop as training_loop
 from qlm.training.job import Job, Process, choose_precision
 from tests.conftest import change_json, files_of, names_below
-from tests.training.runs import SAME_SUMS, STEADY, recipe_of, uneven
+from tests.training.runs import SAME_SUMS, STEADY, recipe_of, stop_at, uneven
 
 
 @pytest.mark.parametrize("variant", ["opt", "neox-parallel-rotary-0.25", "bigcode-multi-query"])
@@ -156,19 +156,40 @@ def test_a_base_of_other_settings_is_refused_with_what_differs(copy_of: Callable
         shutil.rmtree(tmp_path / "out")
 
     run()
-    line = r"out-base: exists already with another recipe\.quantize\.double_quant: it has False, now it is True; give another output"
+    line = r"out-base \(the base of .*out\): exists already with another recipe\.quantize\.double_quant: it has False, now it is True; give another output"
     with pytest.raises(CannotCreate, match=line):
         run(double_quant=True)
     change_json(model / "config.json", vocab_size=320, activation_function="gelu")
-    line = r"out-base: exists already, and config\.json has changed since \(SHA-256 \w{12}… then, \w{12}… now\); give another"
+    line = r"out-base \(the base of .*out\): exists already, and config\.json has changed since \(SHA-256 \w{12}… then, \w{12}… now\); give another"
     with pytest.raises(CannotCreate, match=line):
         run()
+
+
+def test_another_number_of_threads_says_how_to_go_on(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of("opt"), tmp_path / "out", uneven(tmp_path), quantize={"backend": "nf4"}, steps=2)
+    former = torch.get_num_threads()
+    words = r"with 1 thread, and this run has 2: give --threads 1, or --force to start over$"
+    try:
+        torch.set_num_threads(1)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe, progress=stop_at(1))
+        assert saved_step(recipe) == 1
+        torch.set_num_threads(2)
+        with pytest.raises(CannotCreate, match=rf"out-base \(the base of .*/out\): was made {words}"):
+            finetune(recipe)
+        finetune(recipe.model_copy(update={"output": str(tmp_path / "other")}))
+        shutil.rmtree(tmp_path / "out-base")
+        (tmp_path / "other-base").rename(tmp_path / "out-base")
+        with pytest.raises(UsageError, match=rf"out\.partial: was begun {words}"):
+            finetune(recipe)
+    finally:
+        torch.set_num_threads(former)
 
 
 def test_a_foreign_output_is_refused_before_the_base_is_made(copy_of: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     recipe = recipe_of(copy_of("opt"), tmp_path / "out", uneven(tmp_path), quantize={"backend": "nf4"}, steps=1)
-    with pytest.raises(CannotCreate, match="out: exists already"):
+    with pytest.raises(CannotCreate, match="out: exists already and is not an output of qlm"):
         finetune(recipe)
     assert not (tmp_path / "out-base").exists()

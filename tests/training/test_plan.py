@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,25 @@ def test_memory_within_a_factor_of_two(recipe: Callable[..., FinetuneRecipe], tm
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert 0.5 < plan_training(wanted).memory / int(done.stdout.splitlines()[-1]) < 2
+
+
+def test_in_words(recipe: Callable[..., FinetuneRecipe], tmp_path: Path) -> None:
+    needs = plan_training(recipe())
+    assert needs.shortened is None
+    for seconds, words in ((10.4, "10 s"), (80.0, "80 s"), (95.0, "2 min"), (600.0, "10 min")):
+        assert replace(needs, seconds=seconds).in_words().endswith(f" of disk, about {words}")
+    assert replace(needs, seconds=-1.0).in_words().endswith(" of disk")
+    lines = tmp_path / "long.jsonl"
+    lines.write_text("".join(json.dumps({"text": "word " * size}) + "\n" for size in (1, 80, 90)))
+    for too_long, words in (
+        ("truncate", "cut: 2 of 3 samples, to 32 tokens (train.too_long)"),
+        ("skip", "left out: 2 of 3 samples, longer than 32 tokens (train.too_long)"),
+    ):
+        wanted = recipe(data=str(lines), too_long=too_long, steps=1, packing=False)
+        assert plan_training(wanted).in_words().endswith(f"; {words}")
+        assert words.partition(": ")[::2] in [
+            (key.replace("_", " "), value) for key, value in finetune(wanted, force=True).summary(1.0).items()
+        ]
 
 
 class TestRefuses:

@@ -143,6 +143,17 @@ def test_facts() -> None:
     assert facts["Validation perplexity, before and after"] == "54.6 → 24.6"
 
 
+def test_parts_of_a_file() -> None:
+    whole = {"rows": 1197, "left_over": 1}
+    part = {"data": "p.txt", "rows": 60, "tokens": 1900}
+    rows = [{**part, "file": whole}, {**part, "file": {**whole, "samples": 5, "cut": 4, "skipped": 3, "empty": 2}}]
+    page = Page(page_of(records(2), data={"data": rows[0], "validation": rows[1]}))
+    found = {row[0]: row[1] for row in page.rows if len(row) == 2}
+    start, end = "p.txt: 60 of the file's 1,197 rows; 1,900 tokens; ", "1 tokens left over at the file's end"
+    assert found["Data"] == start + end
+    assert found["Validation data"] == f"{start}the file's 5 samples: 4 cut, 3 skipped, 2 empty; {end}"
+
+
 def test_it_brings_everything_with_it() -> None:
     text = page_of(records(31))
     page = Page(text)

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlm.kernels.cuda.cut import MatmulConfig, split
+
 # What a scale and a zero point hold for, as a kernel steps along K.
 _PER_STEP, _PER_FIELD, _PER_FEATURE = 0, 1, 2
 # The bits of 2.0**23. An argument and no constant of the kernels: ptxas merges `code & mask | exponent` into one instruction only where
@@ -79,17 +81,6 @@ class MatvecConfig(NamedTuple):
     per_sm: int
 
 
-class MatmulConfig(NamedTuple):
-    """How `matmul` cuts its work: a program computes `rows` x `columns` outputs, `features` at a step. `per_sm` as above."""
-
-    rows: int
-    columns: int
-    features: int
-    warps: int
-    stages: int
-    per_sm: int
-
-
 # What is tried, the first where nothing can be timed. Chosen from the compiled code (README.md) and to be measured
 # (evals/gpu_kernels.py). Without a split there is one launch instead of two, which small layers are better off with.
 MATVEC = (
@@ -138,7 +129,7 @@ def matvec(x: Tensor, layer: Layer, bias: Tensor | None, config: MatvecConfig, m
     unroll, per = _grouping(layer, config.fields * codes, config.features)
     blocks = rows * triton.cdiv(N, config.columns)
     steps = triton.cdiv(K, config.fields * codes * unroll)
-    splits, steps_each = _split(steps, blocks, config.per_sm * multiprocessors)
+    splits, steps_each = split(steps, blocks, config.per_sm * multiprocessors)
     y = x.new_empty(rows, N)
     parts = y if splits == 1 else x.new_empty(splits, rows, N, dtype=torch.float32)
     _matvec[blocks, splits](
@@ -158,7 +149,7 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, config: MatmulConfig, m
     unroll, per = _grouping(layer, config.features, config.features)
     assert unroll == 1
     blocks = triton.cdiv(rows, config.rows) * triton.cdiv(N, config.columns)
-    splits, steps_each = _split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
+    splits, steps_each = split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
     y = x.new_empty(rows, N)
     parts = y if splits == 1 else x.new_empty(splits, rows, N, dtype=torch.float32)
     dtype = _TYPES[x.dtype]
@@ -229,12 +220,6 @@ def _grouping(layer: Layer, least: int, most: int) -> tuple[int, int]:
             return unroll, _PER_STEP
     per_field = size and size % _codes_of_a_field(layer.bits) == 0
     return max(1, most // max(1, least)), _PER_FIELD if per_field else _PER_FEATURE
-
-
-def _split(steps: int, blocks: int, wanted: int) -> tuple[int, int]:
-    """Steps along K dealt to as many programs as it takes to have `wanted` of them: (programs, steps of each)."""
-    each = triton.cdiv(steps, max(1, min(steps, triton.cdiv(wanted, blocks))))
-    return triton.cdiv(steps, each), each
 
 
 def _in_words(x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlm.kernels.cuda.cut import MatmulConfig, split
+
 
 class MatvecConfig(NamedTuple):
     """How `matvec` cuts its work: a program computes `columns` out features of one token, `features` in features at a step; they are
@@ -25,17 +27,6 @@ class MatvecConfig(NamedTuple):
     columns: int
     features: int
     warps: int
-    per_sm: int
-
-
-class MatmulConfig(NamedTuple):
-    """How `matmul` cuts its work: a program computes `rows` x `columns` outputs, `features` at a step. `per_sm` as above."""
-
-    rows: int
-    columns: int
-    features: int
-    warps: int
-    stages: int
     per_sm: int
 
 
@@ -101,7 +92,7 @@ def matvec(tokens: Tokens, layer: Layer, config: MatvecConfig, multiprocessors: 
     """[M, N] in the layer's dtype; for few tokens, which read the weight from the cache after the first."""
     (M, K), N = tokens.codes.shape, layer.weight.shape[0]
     blocks = M * triton.cdiv(N, config.columns)
-    splits, steps_each = _split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
+    splits, steps_each = split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
     out = _output(tokens, layer, splits)
     _matvec[blocks, splits](
         *tokens, *layer[:-1], out, M, N, K, steps_each, FINAL=splits == 1, COLUMNS=config.columns, FEATURES=config.features,
@@ -114,7 +105,7 @@ def matmul(tokens: Tokens, layer: Layer, config: MatmulConfig, multiprocessors: 
     """[M, N] in the layer's dtype."""
     (M, K), N = tokens.codes.shape, layer.weight.shape[0]
     blocks = triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns)
-    splits, steps_each = _split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
+    splits, steps_each = split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
     out = _output(tokens, layer, splits)
     _matmul[blocks, splits](
         *tokens, *layer[:-1], out, M, N, K, steps_each, FINAL=splits == 1, ROWS=config.rows, COLUMNS=config.columns,
@@ -142,12 +133,6 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _FINISH_COLUMNS = 512
-
-
-def _split(steps: int, blocks: int, wanted: int) -> tuple[int, int]:
-    """Steps along K dealt to as many programs as it takes to have `wanted` of them: (programs, steps of each)."""
-    each = triton.cdiv(steps, max(1, min(steps, triton.cdiv(wanted, blocks))))
-    return triton.cdiv(steps, each), each
 
 
 def _output(tokens: Tokens, layer: Layer, splits: int) -> Tensor:
