@@ -67,8 +67,7 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by field name, floats to five significant digits."""
-        values = dataclasses.asdict(self)
-        return {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in values.items()}
+        return plain(dataclasses.asdict(self))
 
 
 def bench(
@@ -96,10 +95,7 @@ def bench(
     with Engine(model, revision=revision, threads=threads, head=head, cache_dtype=cache_dtype) as engine:
         load_s = time.perf_counter() - started
         decoder, facts = engine.decoder, engine.facts
-        if prompt_tokens + new_tokens > decoder.positions:
-            raise UsageError(
-                f"{prompt_tokens} + {new_tokens} tokens: the model has {decoder.positions} positions; take fewer"
-            )
+        check_positions(prompt_tokens, new_tokens, decoder.positions)
         random = np.random.default_rng(0)
         prompts = [random.integers(0, decoder.vocabulary, prompt_tokens, np.int32) for _ in range(batch)]
         engine.prefill(prompts[:1])
@@ -139,6 +135,17 @@ def bench(
         load_s=load_s,
         first_token_s=first_token_s,
     )
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with floats to five significant digits."""
+    return {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in values.items()}
+
+
+def check_positions(prompt_tokens: int, new_tokens: int, positions: int) -> None:
+    """Raises UsageError for more tokens than the model has positions."""
+    if prompt_tokens + new_tokens > positions:
+        raise UsageError(f"{prompt_tokens} + {new_tokens} tokens: the model has {positions} positions; take fewer")
 
 
 def check_sizes(**sizes: int) -> None:

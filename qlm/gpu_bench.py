@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlm.bench import check_sizes
+from qlm.bench import check_positions, check_sizes, plain
 from qlm.errors import UsageError
 from qlm.load import check_device, load
 from qlm.static_decoder import ATTENTIONS, StaticDecoder
@@ -60,7 +60,7 @@ class GpuBench:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by field name, floats to five significant digits."""
-        return {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in asdict(self).items()}
+        return plain(asdict(self))
 
 
 def gpu_bench(
@@ -92,9 +92,7 @@ def gpu_bench(
     loaded = load(model, revision=revision, device=device, dtype=dtype, attn_implementation=attn_implementation)
     _finish(where)
     load_s = time.perf_counter() - started
-    positions = int(loaded.config.max_position_embeddings)
-    if prompt_tokens + new_tokens > positions:
-        raise UsageError(f"{prompt_tokens} + {new_tokens} tokens: the model has {positions} positions; take fewer")
+    check_positions(prompt_tokens, new_tokens, int(loaded.config.max_position_embeddings))
     decoder = StaticDecoder(loaded, batch, prompt_tokens + new_tokens)
     times = [time_once(decoder, prompt_tokens, new_tokens, where, seed) for seed in range(repeats + 1)][1:]
     prefill, step = [one for one, _ in times], [one for _, one in times]

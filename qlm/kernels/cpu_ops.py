@@ -10,10 +10,9 @@ Environment, read at the first call:
 
 import ctypes
 import functools
-import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from qlm.errors import UsageError
 from qlm.kernels import cpu
 from qlm.kernels.activations import NF4_GROUP, gptq_group
+from qlm.kernels.shared import Decode, chosen_kernels, state
 
 _SCALE_DTYPES = {torch.float32: cpu.F32, torch.float16: cpu.F16, torch.bfloat16: cpu.BF16}
 
@@ -50,9 +50,7 @@ def native() -> cpu.Native | None:
     Raises:
         UsageError: QLM_KERNELS is something else. Unavailable: the library is there or is asked for, and cannot be used.
     """
-    chosen = os.environ.get("QLM_KERNELS", "")
-    if chosen not in ("", "native", "reference"):
-        raise UsageError(f"QLM_KERNELS={chosen}: expected 'native' or 'reference'; unset it for what is installed")
+    chosen = chosen_kernels()
     if chosen == "reference" or (not chosen and not cpu.available()):
         return None
     return cpu.library()
@@ -161,15 +159,6 @@ class _GptqLayer:
 _gptq_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _gptq_lock = threading.Lock()
 
-# From (qzeros, bits, v2) to the zero points, int32 [G, O].
-Decode = Callable[[Tensor, int, bool], Tensor]
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Changes with the tensor's values. Tensors made in inference mode count no versions: a change of their values
-    in place goes unnoticed."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
 
 def gptq_linear(
     x: Tensor,
@@ -216,7 +205,7 @@ def _is_of(
     return (
         zeros() is qzeros  # type: ignore[operator]
         and groups() is g_idx  # type: ignore[operator]
-        and rest == [_state(qweight), _state(qzeros), _state(g_idx), scales.dtype, bits, v2]
+        and rest == [state(qweight), state(qzeros), state(g_idx), scales.dtype, bits, v2]
     )
 
 
@@ -224,7 +213,7 @@ def _make_gptq_layer(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, v2: bool, decode: Decode
 ) -> _GptqLayer:
     made_of = (
-        weakref.ref(qzeros), weakref.ref(g_idx), _state(qweight), _state(qzeros), _state(g_idx), scales.dtype, bits, v2
+        weakref.ref(qzeros), weakref.ref(g_idx), state(qweight), state(qzeros), state(g_idx), scales.dtype, bits, v2
     )  # fmt: skip
     refused = _GptqLayer(made_of, None)
     groups, out_features = scales.shape

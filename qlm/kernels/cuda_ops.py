@@ -17,7 +17,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -29,7 +28,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qlm.errors import Unavailable, UsageError
+from qlm.errors import Unavailable
+from qlm.kernels.shared import Decode, chosen_kernels, state
 
 # The oldest GPUs that the tests compile the kernels for.
 LEAST_CAPABILITY = (7, 5)
@@ -66,9 +66,7 @@ def why_not(index: int) -> str:
     Raises:
         UsageError: QLM_KERNELS is something else. Unavailable: the GPU is too old; or the kernels are asked for and not there.
     """
-    chosen = os.environ.get("QLM_KERNELS", "")
-    if chosen not in ("", "native", "reference"):
-        raise UsageError(f"QLM_KERNELS={chosen}: expected 'native' or 'reference'; unset it for what is installed")
+    chosen = chosen_kernels()
     if chosen == "reference":
         return "QLM_KERNELS=reference"
     reason = _missing(index)
@@ -209,9 +207,6 @@ def int8_weight(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Ten
 
 # GPTQ -----------------------------------------------------------------------------------------------------------------
 
-# From (qzeros, bits, v2) to the zero points, int32 [G, N].
-Decode = Callable[[Tensor, int, bool], Tensor]
-
 
 @dataclass(frozen=True)
 class _GptqLayer:
@@ -330,12 +325,6 @@ def _in_file_order(kept: _GptqLayer, qweight: Tensor, scales: Tensor, g_idx: Ten
     return kernels("gptq").Layer(qweight, scales, kept.zero_point, g_idx, bits, group_size)
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Changes with the tensor's values. Tensors made in inference mode count no versions: a change of their values in place goes
-    unnoticed."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
 def _gptq_layer(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, v2: bool, decode: Decode
 ) -> _GptqLayer:
@@ -353,7 +342,7 @@ def _is_of(layer: _GptqLayer, qweight: Tensor, qzeros: Tensor, g_idx: Tensor, bi
     return (
         zeros() is qzeros  # type: ignore[operator]
         and groups() is g_idx  # type: ignore[operator]
-        and rest == [_state(qweight), _state(qzeros), _state(g_idx), bits, v2]
+        and rest == [state(qweight), state(qzeros), state(g_idx), bits, v2]
     )
 
 
@@ -363,7 +352,7 @@ def _make_gptq_layer(
     """Waits for the GPU, since how groups lie decides which kernels run."""
     _refuse_capture()
     made_of = (
-        weakref.ref(qzeros), weakref.ref(g_idx), _state(qweight), _state(qzeros), _state(g_idx), bits, v2
+        weakref.ref(qzeros), weakref.ref(g_idx), state(qweight), state(qzeros), state(g_idx), bits, v2
     )  # fmt: skip
     groups_here = g_idx.to(device="cpu", dtype=torch.int64)
     G, K = scales.shape[0], len(groups_here)

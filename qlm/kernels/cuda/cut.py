@@ -21,3 +21,9 @@ def split(steps: int, blocks: int, wanted: int) -> tuple[int, int]:
     """Steps along K dealt to as many programs as it takes to have `wanted` of them: (programs, steps of each)."""
     each = triton.cdiv(steps, max(1, min(steps, triton.cdiv(wanted, blocks))))
     return triton.cdiv(steps, each), each
+
+
+def by_rows(rows: int, *configs: tuple[MatmulConfig, ...]) -> tuple[MatmulConfig, ...]:
+    """Of three lists, for few, some and many rows, the one for so many."""
+    few, some, many = configs
+    return few if rows <= 16 else some if rows <= 64 else many

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlm.kernels.cuda.cut import MatmulConfig, split
+from qlm.kernels.cuda.cut import MatmulConfig, by_rows, split
 
 # What a scale and a zero point hold for, as a kernel steps along K.
 _PER_STEP, _PER_FIELD, _PER_FEATURE = 0, 1, 2
@@ -108,7 +108,7 @@ _MANY_ROWS = (
 
 
 def matmul_configs(rows: int) -> tuple[MatmulConfig, ...]:
-    return _FEW_ROWS if rows <= 16 else _SOME_ROWS if rows <= 64 else _MANY_ROWS
+    return by_rows(rows, _FEW_ROWS, _SOME_ROWS, _MANY_ROWS)
 
 
 def matvec(x: Tensor, layer: Layer, bias: Tensor | None, config: MatvecConfig, multiprocessors: int) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlm.kernels.cuda.cut import MatmulConfig, split
+from qlm.kernels.cuda.cut import MatmulConfig, by_rows, split
 
 
 class MatvecConfig(NamedTuple):
@@ -55,7 +55,7 @@ _MANY_ROWS = (
 
 
 def matmul_configs(rows: int) -> tuple[MatmulConfig, ...]:
-    return _FEW_ROWS if rows <= 16 else _SOME_ROWS if rows <= 64 else _MANY_ROWS
+    return by_rows(rows, _FEW_ROWS, _SOME_ROWS, _MANY_ROWS)
 
 
 class Tokens(NamedTuple):
