@@ -6,7 +6,7 @@ it produce them, and moves on when the block is done. Memory is one block, its i
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +224,19 @@ def check_windows(windows: Any, spec: FamilySpec, config: Any) -> None:
             f"calibration: ids from {int(windows.min())} to {int(windows.max())}, but the model has {config.vocab_size} "
             "tokens: the tokenizer is another model's"
         )
+
+
+@contextmanager
+def instead_of_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in the place of a module's own inside; one that the instance had before, such as accelerate's, comes back."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager

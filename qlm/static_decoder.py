@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlm.calibrate import instead_of_forward
 from qlm.errors import Unavailable, UsageError
 
 # Steps before the recording: libraries allocate workspaces and kernels are tuned at their first calls.
@@ -171,12 +172,5 @@ def decoding_with(decoder: StaticDecoder) -> Iterator[None]:
         begun = True
         return CausalLMOutputWithPast(logits=logits[:, None])
 
-    # An instance may have a forward of its own, accelerate's.
-    own = vars(decoder.model).get("forward")
-    decoder.model.forward = forward
-    try:
+    with instead_of_forward(decoder.model, forward):
         yield
-    finally:
-        del decoder.model.forward
-        if own is not None:
-            decoder.model.forward = own

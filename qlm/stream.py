@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlm.arch import FamilySpec, LinearGroup
 from qlm.backends import Statistics
-from qlm.calibrate import evaluation_mode
+from qlm.calibrate import evaluation_mode, instead_of_forward
 from qlm.errors import DataError
 from qlm.kernels import cpu_ops
 from qlm.numerics.gptq import add_gram_, finish_hessian_
@@ -331,11 +331,8 @@ def _attention_from(block: nn.Module, spec: FamilySpec, kept: Tensor | None) -> 
         yield
         return
     attention, last = block.get_submodule(spec.attention), block.get_submodule(spec.attention_out)
-    attention.forward = lambda *args, **kwargs: (last(kept), None)
-    try:
+    with instead_of_forward(attention, lambda *args, **kwargs: (last(kept), None)):
         yield
-    finally:
-        del attention.forward
 
 
 def _refuse_not_finite(statistics: Statistics, name: str) -> None:

@@ -53,6 +53,7 @@ INSIDE_A_ROW = {
     ("sensitivity", "load"),
     ("sensitivity", "stream"),
     ("stream", "calibrate"),
+    ("static_decoder", "calibrate"),
     ("training.data", "calibrate"),
     ("training.loop", "training.job"),
     ("training.loop", "training.language_loss"),

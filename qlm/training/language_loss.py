@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlm.calibrate import instead_of_forward
 from qlm.training.data import NOT_LEARNED
 
 # Logits that exist at once, twice: 64 MB in float32. With fewer rows in a part, arranging the head's weights for each product counts.
@@ -40,14 +41,8 @@ def language_loss(model: Any, batch: Mapping[str, Tensor], dtype: torch.dtype) -
         logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
         return F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=NOT_LEARNED, reduction="sum")
     # What `logits` are then is what the head would read: [B, T, E]. Forward is the wrapper's, which waits for gradients there.
-    own = vars(head).get("forward")
-    head.forward = lambda hidden: hidden
-    try:
+    with instead_of_forward(head, lambda hidden: hidden):
         hidden = model(**inputs).logits
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
     return summed_loss(hidden, head.weight, batch["labels"], dtype)
 
 
