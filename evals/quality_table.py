@@ -43,7 +43,9 @@ def summary_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[st
             cells.setdefault((row["checkpoint"], row["side"]), []).append(row)
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for (checkpoint, side), found in cells.items():
-        figures: dict[str, Any] = {"seeds": len(found), "who": found[0]["who"], "format": found[0]["format"]}
+        figures: dict[str, Any] = {
+            "seeds": len(found), "versions": len({row["version"] for row in found}), "who": found[0]["who"], "format": found[0]["format"],
+        }  # fmt: skip
         for name in ("kl", "perplexity", "same_top1", "bits_per_weight", "bytes", "seconds"):
             figures[name], figures[f"{name}_spread"] = mean_and_spread([row[name] for row in found])
         figures["kl_stderr"] = mean_and_spread([row["kl_stderr"] for row in found])[0]
@@ -64,9 +66,13 @@ def interpolated_kl(bits: float, *ends: Mapping[str, Any]) -> float:
     return math.exp((1 - share) * math.log(low_kl) + share * math.log(high_kl))
 
 
-def ratio_of(rows: Iterable[Mapping[str, Any]], checkpoint: str, ours: str, theirs: str) -> tuple[float, int] | None:
-    """Mean KL of one side over that of another, and how many calibration seeds that is: those that both have."""
+def ratio_of(
+    rows: Iterable[Mapping[str, Any]], checkpoint: str, ours: str, theirs: str, version: str | None = None
+) -> tuple[float, int] | None:
+    """Mean KL of one side over that of another, and how many calibration seeds that is: those that both have, of one version if one is
+    given."""
     known = [row for row in rows if "error" not in row and row["checkpoint"] == checkpoint]
+    known = [row for row in known if version in (None, row["version"])]
     of_ours, of_theirs = ({row["seed"]: row["kl"] for row in known if row["side"] == side} for side in (ours, theirs))
     # What does not calibrate has one cell, for all seeds.
     seeds = [seed for seed in of_ours if seed in of_theirs or None in of_theirs]
@@ -111,7 +117,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"| {label} | " + " | ".join(shown) + " |"
 
     def quality(checkpoint: str, found: dict[str, Any]) -> str:
-        parts = [] if found["kl"] is None else [in_table(found["kl"], found["kl_spread"])]
+        mixed = "*" if found["versions"] > 1 else ""
+        parts = [] if found["kl"] is None else [in_table(found["kl"], found["kl_spread"]) + mixed]
         parts.append(f"{found['perplexity']:.2f}")
         shown = " · ".join(parts if found["same_top1"] is None else [*parts, f"{found['same_top1']:.1%}"])
         ratio = found.get("kl_over_interpolated")
@@ -122,10 +129,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         seconds = "" if found["seconds"] is None else in_table(found["seconds"], None)
         return " · ".join(part for part in (bits, f"{found['bytes'] / 1e6:.2f}", seconds) if part)
 
-    def beside_best(best: str, checkpoint: str, found: dict[str, Any]) -> str:
-        whole = summary[checkpoint].get(best)
-        ratio = "" if whole is None else f" ({found['kl'] / whole['kl']:.3f})"
-        return in_table(found["kl"], found["kl_spread"]) + ratio
+    def beside_best(best: str, side: str, checkpoint: str, found: dict[str, Any]) -> str:
+        """With the ratio of the calibration seeds, and of the version, that both have: other sources would be told apart, too."""
+        versions = {row["version"] for row in rows if (row["checkpoint"], row["side"]) == (checkpoint, side)}
+        ratio = ratio_of(rows, checkpoint, side, best, versions.pop()) if len(versions) == 1 else None
+        return in_table(found["kl"], found["kl_spread"]) + ("" if ratio is None else f" ({ratio[0]:.3f})")
 
     for name, words in IN_WORDS.items():
         known = {
@@ -151,12 +159,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                 line("best", best, lambda _, found: in_table(found["kl"], found["kl_spread"])),
             ]
             ablations += [
-                line(side.removeprefix(f"{best}-").replace("-", " ", 1), side, partial(beside_best, best)) for side in without
+                line(side.removeprefix(f"{best}-").replace("-", " ", 1), side, partial(beside_best, best, side)) for side in without
             ]  # fmt: skip
     errors = [
         found["kl_stderr"] / found["kl"] for each in summary.values() for found in each.values() if found["kl_stderr"]
     ]
     note = f"Standard errors of KL over windows of text are at most {max(errors):.1%} of it." if errors else ""
+    if any(found["versions"] > 1 for each in summary.values() for found in each.values()):
+        note += " \\*: seeds measured with different sources."
     ratios = beside_others(rows, checkpoints)
     if ratios:
         ratios = [f"| KL over another's (calibration seeds) | {columns} |", rule, *ratios]
