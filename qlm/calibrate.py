@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlm.arch import FamilySpec
 from qlm.errors import DataError, MissingInput, Unavailable, UsageError
+from qlm.kernels.cuda_ops import has_bfloat16
 from qlm.recipe import CalibrationRecipe, DataSource, HubDataset
 
 # Longest window by default; the protocol of the GPTQ paper, and what the families were trained with at least.
@@ -161,7 +162,7 @@ def _call(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 def calibration_dtype(device: str) -> torch.dtype:
     """What blocks compute in while calibrating: bf16 where the hardware multiplies it, fp32 elsewhere. Hessians are fp32 always."""
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 

@@ -64,7 +64,8 @@ def generate(
         stream: called with each piece of text as soon as its characters are complete; the pieces joined are the
             result. For one sequence only: several are made at the same time.
         graphs: decode in steps of fixed shape, which a GPU runs as a recorded graph (static_decoder.py). None: on a GPU where the
-            attention is "sdpa" or "eager" and more than a few tokens are wanted.
+            attention is "sdpa" or "eager" and more than a few tokens are wanted. False: there, the same steps without a graph, so
+            that the text is the same.
 
     Raises UsageError for options, DataError for a tokenizer or logits that cannot be right.
     """
@@ -80,8 +81,7 @@ def generate(
     from transformers import GenerationConfig
 
     device = model.get_input_embeddings().weight.device
-    if graphs is None:
-        graphs = device.type == "cuda" and max_new_tokens >= WORTH_RECORDING and can_decode(model)
+    fixed = graphs or (device.type == "cuda" and max_new_tokens >= WORTH_RECORDING and can_decode(model))
     sampling: dict[str, Any] = {"temperature": float(temperature), "top_k": top_k or 0, "top_p": top_p or 1.0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -90,16 +90,16 @@ def generate(
         repetition_penalty=float(repetition_penalty),
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,  # fills rows that ended early; their writers take no more
-        use_cache=not graphs,  # the decoder's own is none of the loop's
+        use_cache=not fixed,  # the decoder's own is none of the loop's
         **({} if greedy else sampling),
     )
     with ExitStack() as inside:
-        for context in (evaluation_mode(model), _own_settings_aside(model), _seeded(seed, device)):
+        for context in (evaluation_mode(model), _own_settings_aside(model), _seeded(seed)):
             inside.enter_context(context)
-        if graphs:
+        if fixed:
             # PEFT's wrapper calls the model inside, whose linears have the adapter.
             inner = getattr(model, "get_base_model", lambda: model)()
-            decoder = StaticDecoder(inner, num_return_sequences, len(ids) + max_new_tokens)
+            decoder = StaticDecoder(inner, num_return_sequences, len(ids) + max_new_tokens, graphs is not False)
             inside.enter_context(decoding_with(decoder))
         batch = torch.tensor([ids], device=device)
         model.generate(
@@ -146,8 +146,9 @@ def _own_settings_aside(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
+def _seeded(seed: int | None) -> Iterator[None]:
+    # `manual_seed` is for all GPUs, wherever the model lies.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)

@@ -97,6 +97,7 @@ def gpu_bench(
     times = [time_once(decoder, prompt_tokens, new_tokens, where, seed) for seed in range(repeats + 1)][1:]
     prefill, step = [one for one, _ in times], [one for _, one in times]
     read = weight_bytes(loaded)
+    peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
     seconds, copied = statistics.median(step), copy_bandwidth(where)
     return GpuBench(
         model=Path(model).name or Path(model).resolve().name,
@@ -117,7 +118,7 @@ def gpu_bench(
         read_gb_per_s=read / seconds / 1e9,
         copy_gb_per_s=copied / 1e9,
         copy_share=read / seconds / copied,
-        peak_gpu_gb=torch.cuda.max_memory_allocated(where) / 1e9 if where.type == "cuda" else 0.0,
+        peak_gpu_gb=peak / 1e9,
         load_s=load_s,
     )
 
@@ -168,8 +169,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Bytes a second that a copy in the device's memory reads and writes, the best of a few."""
-    # An eighth of it on a CPU, which takes long.
-    size = COPIED_BYTES if device.type == "cuda" else COPIED_BYTES // 8
+    # An eighth of it on a CPU, which takes long; less on a GPU that the model has nearly filled.
+    on_gpu = device.type == "cuda"
+    size = min(COPIED_BYTES, torch.cuda.mem_get_info(device)[0] // 4) if on_gpu else COPIED_BYTES // 8
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):

@@ -26,6 +26,7 @@ from qlm.formats import QUANTO_MAP
 from qlm.formats.dtypes import FLOATS as FLOAT_NAMES
 from qlm.formats.dtypes import torch_dtype
 from qlm.formats.layout import TensorLayout, in_block
+from qlm.kernels.cuda_ops import has_bfloat16
 from qlm.tokenizer import read_tokenizer, special_tokens
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -61,13 +62,17 @@ class Source:
             DataError: a value is NaN or infinite, or too large for `dtype`.
         """
         tensor = self.checkpoint.read(self.file_names[name])
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and path in self.scheme:
+            # Packed codes, which bitsandbytes may hold as floats; seen as such some are NaN.
+            return tensor
         # torch's isfinite does not know 8-bit floats.
         values = tensor.float() if tensor.is_floating_point() and tensor.dtype not in FLOATS else tensor
         refuse_not_finite(self.file_names[name], values)
         if dtype in (None, tensor.dtype):
             return tensor
         converted = tensor.to(dtype)
-        if dtype != torch.float32 and not bool(converted.isfinite().all()):
+        if dtype != torch.float32 and tensor.numel() and not bool(torch.stack(converted.aminmax()).isfinite().all()):
             raise DataError(
                 f"{self.file_names[name]}: {tensor.abs().max().item():.6g} does not fit into {dtype}; "
                 "keep the checkpoint's own dtype, or use bfloat16 or float32"
@@ -109,6 +114,19 @@ def check_attention(attn_implementation: str, device: str) -> None:
             raise Unavailable(
                 "attn_implementation: flash_attention_2 needs the package flash-attn; install it or use 'sdpa'"
             )
+
+
+def _check_flash(compute: torch.dtype, device: str) -> None:
+    """Refuse what flash-attn's kernels would only at the first token."""
+    if compute == torch.float32:
+        raise UsageError(
+            "attn_implementation: flash_attention_2 computes in bfloat16 or float16, and this model in float32; use 'sdpa' or another dtype"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise Unavailable(
+            f"attn_implementation: flash_attention_2 needs compute capability 8.0, which {name} has not; use 'sdpa'"
+        )
 
 
 def skeleton(spec: FamilySpec, config: Any, task: Task, attn_implementation: str) -> Any:
@@ -272,7 +290,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: str, spec: FamilySpec
         return dtype
     if not device.startswith("cuda"):
         return torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if has_bfloat16(device):
         return torch.bfloat16
     return torch.float32 if spec.model_type == "opt" else torch.float16
 
@@ -285,6 +303,8 @@ def check_device(device: str) -> None:
         raise UsageError(f"device: {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise Unavailable(f"device: {device!r}, but torch sees no CUDA GPU here; use 'cpu'")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise Unavailable(f"device: {device!r}, but torch sees {torch.cuda.device_count()} here; the first is cuda:0")
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"device: {device!r}; expected 'cpu', 'cuda' or 'cuda:N'")
 
@@ -374,6 +394,8 @@ def load(
         model, revision=revision, task=task, attn_implementation=attn_implementation, new_head=new_head
     )
     compute = resolve_dtype(dtype, device, source.spec)
+    if attn_implementation == "flash_attention_2":
+        _check_flash(compute, device)
     if len(devices) > 1:
         spread(loaded, source, device_map(loaded, source, task, devices), compute)
     else:
@@ -383,7 +405,8 @@ def load(
         for name, parameter in list(loaded.named_parameters()):
             if parameter.is_meta:
                 loaded.has_new_head = True
-                fresh = torch.zeros(parameter.shape, device=device, dtype=compute)
+                place = getattr(loaded, "hf_device_map", {}).get(name.rpartition(".")[0], device)
+                fresh = torch.zeros(parameter.shape, device=place, dtype=compute)
                 set_parameter(loaded, name, fresh.normal_(0.0, 0.02) if parameter.ndim > 1 else fresh)
     unread = [name for name, tensor in _all_tensors(loaded) if tensor.is_meta]
     assert not unread, f"not read: {unread}"

@@ -41,6 +41,7 @@ from qlm.load import (
     biases_everywhere,
     block_paths,
     check_attention,
+    check_device,
     fill,
     linear_paths,
     load,
@@ -111,6 +112,7 @@ def quantize(
         QlmError: one line. What an interrupted or failed run finished stays in `<output>.partial/` for the next one.
     """
     tell = progress or (lambda what, done, total: None)
+    check_device(device)
     job = _Job.open(recipe, device)
     text = read_text(recipe.calibration) if recipe.calibration is not None else None
     tell("hash input", 0, 1)

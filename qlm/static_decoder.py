@@ -5,6 +5,7 @@ The model is transformers' own and computes what it always computes; only where 
 different (a mask over the whole cache in the place of a cache that grows).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,8 @@ from qlm.errors import Unavailable, UsageError
 
 # Steps before the recording: libraries allocate workspaces and kernels are tuned at their first calls.
 WARM_UP = 3
-# The cache's size is a multiple of this, as attention's kernels like their masks.
-_UNIT = 8
+# The cache's size is a multiple of this, to which attention's kernels otherwise fill up their masks.
+_UNIT = 16
 
 
 # flash-attn takes no mask, and so no cache that is only filled in part.
@@ -36,19 +37,18 @@ class StaticDecoder:
     Attributes:
         length: positions that the cache holds, at least those asked for.
         position: of the next token, the same in all sequences.
-        graph: the recorded step; None on CPUs.
+        graph: the recorded step; None on CPUs, and where it is not wanted.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, batch: int, length: int) -> None:
+    def __init__(self, model: Any, batch: int, length: int, record: bool = True) -> None:
         """
         Args:
             model: a causal language model in evaluation mode, on one device, with eager or SDPA attention.
+            record: a step as a graph, on a GPU; without, it is the same kernels, launched one by one.
         Raises:
             UsageError: another attention, or several devices. Unavailable: a step cannot be recorded.
         """
-        from transformers import StaticCache
-
         attention = model.config._attn_implementation
         if not can_decode(model):
             devices = ", ".join(sorted({str(p.device) for p in model.parameters()}))
@@ -63,22 +63,22 @@ class StaticDecoder:
         self.graph: Any = None
         embedding = model.get_input_embeddings().weight
         device = embedding.device
-        self._cache: Any = StaticCache(config=model.config, max_cache_len=self.length)
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._columns = torch.arange(self.length, device=device)
-        # SDPA's kernels take true and false, eager attention adds what it gets to the scores.
-        self._additive = attention == "eager"
-        self._dtype = embedding.dtype
+        # What attention adds to the scores. SDPA would make it of true and false anew in each layer.
+        self._seen = torch.zeros((), dtype=embedding.dtype, device=device)
+        self._unseen = torch.full_like(self._seen, torch.finfo(embedding.dtype).min)
+        self._cache = _cache_of(int(model.config.num_hidden_layers), self.length, self._place)
         self._forward()  # makes the cache's tensors
-        if device.type == "cuda":
+        if record and device.type == "cuda":
             self._record(device)
         self._go_to(0)
 
     def _record(self, device: torch.device) -> None:
         # A graph is captured on a stream of the current device, which need not be the model's.
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)
+            stream = _recording_stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
@@ -99,18 +99,14 @@ class StaticDecoder:
         """In place: a graph knows the tensors by their addresses. What the cache holds from there on counts no more."""
         self.position = position
         self._place.fill_(position)
-        for layer in self._cache.layers:
-            layer.cumulative_length.fill_(position)
 
     def _forward(self) -> Tensor:
         """One step on what lies in `_ids` and `_place`: logits [B, V]."""
-        mask = (self._columns <= self._place).expand(self.batch, 1, 1, self.length)
-        if self._additive:
-            mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, torch.finfo(self._dtype).min)
+        mask = torch.where(self._columns <= self._place, self._seen, self._unseen)
         found: Tensor = self._call(
             input_ids=self._ids,
             position_ids=self._place.expand(self.batch, 1),
-            attention_mask=mask,
+            attention_mask=mask.expand(self.batch, 1, 1, self.length),
             past_key_values=self._cache,
             use_cache=True,
         ).logits[:, -1]
@@ -134,9 +130,9 @@ class StaticDecoder:
         logits: Tensor = self._call(input_ids=ids, past_key_values=grown, use_cache=True, logits_to_keep=1).logits[
             :, -1
         ]
-        self._go_to(0)
         for fixed, layer in zip(self._cache.layers, grown.layers, strict=True):
-            fixed.update(layer.keys, layer.values)
+            fixed.keys[:, :, : ids.shape[1]] = layer.keys
+            fixed.values[:, :, : ids.shape[1]] = layer.values
         self._go_to(ids.shape[1])
         return logits
 
@@ -156,6 +152,26 @@ class StaticDecoder:
             self.graph.replay()
         self.position += 1
         return self._logits
+
+
+def _cache_of(layers: int, length: int, place: Tensor) -> Any:
+    """A cache of that many positions; a step writes to `place`, int64 [1]. transformers' own StaticCache counts in each layer by itself."""
+    from transformers.cache_utils import Cache, StaticLayer
+
+    class FixedLayer(StaticLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            held: Any = self
+            return held.keys.index_copy_(2, place, key_states), held.values.index_copy_(2, place, value_states)
+
+    return Cache(layers=[FixedLayer(max_cache_len=length) for _ in range(layers)])
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> Any:
+    """One for all graphs: cuBLAS keeps a workspace for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

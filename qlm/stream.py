@@ -222,11 +222,14 @@ class Stream:
                         )
         found = {}
         for group in groups:
-            kept = aside[group].finish(None) if group in aside else None
-            found[group] = replace(fitted[group].finish(kept), absmax=largest[group].float() if absmax else None)
-            for of_group in (found[group], kept):
-                if of_group is not None:
-                    _refuse_not_finite(of_group, f"{path}.{group.linears[0]}")
+            name = f"{path}.{group.linears[0]}"
+            kept = aside.pop(group).finish(None) if group in aside else None
+            if kept is not None:
+                _refuse_not_finite(kept, name)
+                # Looked at once, and as large as what is solved with.
+                kept = kept.to("cpu")
+            found[group] = replace(fitted.pop(group).finish(kept), absmax=largest[group].float() if absmax else None)
+            _refuse_not_finite(found[group], name)
         return found
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -248,7 +251,8 @@ class Stream:
                 raise _Stop
 
         def on_input(group: LinearGroup, module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._spec.attention_out in group.linears:
+            # A GPU has the arithmetic to compute the attention again, and less memory to keep it in.
+            if self._spec.attention_out in group.linears and not args[0].is_cuda:
                 side.attended[index] = args[0]
             # OPT flattens the tokens of a batch before its MLP.
             x[group] = args[0].view(*batch.shape[:2], args[0].shape[-1])

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, processors
 import qlm
 from qlm.arch import FAMILIES as SPECS
 from qlm.errors import DataError, MissingInput, Unavailable, UsageError
-from qlm.load import block_paths, device_map, set_parameter, tied_names
+from qlm.load import _check_flash, block_paths, check_device, device_map, set_parameter, tied_names
 from qlm.recipe import parse_recipe
 from tests import tiny_models
 from tests.conftest import BACKENDS, FAMILIES, ROOT, SPECIALS, change_json, recipe_text
@@ -243,6 +243,24 @@ class TestPlaces:
     def test_other_devices(self, device: str, folder_of: Folder) -> None:
         with pytest.raises(UsageError, match=r"device: .*expected 'cpu', 'cuda' or 'cuda:N'"):
             qlm.load(folder_of("opt"), device=device)
+
+    def test_a_gpu_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        check_device("cuda")
+        check_device("cuda:1")
+        with pytest.raises(Unavailable, match="'cuda:2', but torch sees 2 here"):
+            check_device("cuda:2")
+
+    def test_flash_attention_on_an_old_gpu_or_in_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        with pytest.raises(UsageError, match="this model in float32"):
+            _check_flash(torch.float32, "cuda")
+        with pytest.raises(Unavailable, match=r"needs compute capability 8.0, which Tesla T4"):
+            _check_flash(torch.float16, "cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        _check_flash(torch.float16, "cuda")
 
     def test_flash_attention(self, folder_of: Folder) -> None:
         with pytest.raises(Unavailable, match="flash_attention_2 runs on CUDA only"):

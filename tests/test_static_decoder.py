@@ -159,14 +159,14 @@ def test_the_graph_is_recorded_where_the_model_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_full_cache() -> None:
-    decoder = StaticDecoder(tiny_models.build(FAMILIES[0]), 1, 6)
-    assert decoder.length == 8
-    decoder.prefill(tiny_models.token_ids(1, 7))
+    decoder = StaticDecoder(tiny_models.build(FAMILIES[0]), 1, 14)
+    assert decoder.length == 16
+    decoder.prefill(tiny_models.token_ids(1, 15))
     decoder.step(torch.tensor([3]))
-    with pytest.raises(UsageError, match="8 tokens: the cache was made for 8"):
+    with pytest.raises(UsageError, match="16 tokens: the cache was made for 16"):
         decoder.step(torch.tensor([3]))
-    with pytest.raises(UsageError, match="9 tokens: the cache was made for 8"):
-        decoder.prefill(tiny_models.token_ids(1, 9))
+    with pytest.raises(UsageError, match="17 tokens: the cache was made for 16"):
+        decoder.prefill(tiny_models.token_ids(1, 17))
 
 
 def test_what_it_does_not_take() -> None:

@@ -42,7 +42,7 @@ class Statistics:
         lag: fp32 [O, I], of s' - s with x, s the sum of the residual stream and the linear's output, and s' the same in the float
             model; where the linear's output is added to the residual stream. It holds what all layers before have lost.
         mean_lag: fp32 [O], E[s' - s].
-        held_out: the same of samples that were kept aside.
+        held_out: the same of samples that were kept aside; on the CPU.
         factors: of the Hessian, by what they were made with; kept where a dictionary is given, for those who solve several times.
     """
 
@@ -56,6 +56,11 @@ class Statistics:
     absmax: Tensor | None = None
     held_out: "Statistics | None" = None
     factors: "dict[tuple[str, int, float], Factor] | None" = None
+
+    def to(self, device: str | torch.device) -> "Statistics":
+        """The same on another device, without what has been kept with it."""
+        tensors: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, held_out=None, factors=None, **tensors)
 
     def factor(self, order: str, group_size: int, damp: float) -> Factor:
         """`factorize_in_order` of the Hessian. Raises SingularHessian."""
@@ -205,6 +210,12 @@ def row_squares(x: Tensor) -> Tensor:
     """Sum of squares of each row: float64 [O]. x [O, I], of any size that fp32 holds."""
     # In parts, because all of x in float64 would be the largest thing in memory.
     return torch.cat([part.double().square().sum(1) for part in x.split(256)])
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """The input of a linear in the dtype that autocast gives torch's own. On GPUs norms answer in float32 under autocast, and what follows
+    would be multiplied in it."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def refuse_not_finite(name: str, tensor: Tensor, blame: str = "the checkpoint is damaged") -> None:

@@ -22,6 +22,7 @@ from qlm.backends.base import (
     Statistics,
     TensorLayout,
     apply_keeping_dtypes,
+    as_autocast,
     refuse_not_finite,
     refuse_singular,
     refused,
@@ -99,6 +100,7 @@ class GptqLinear(nn.Module):
         return apply_keeping_dtypes(self, fn)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_autocast(x)
         return gptq_linear(x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, bits=self.bits, v2=self.v2)
 
     def activation_format(self) -> str:

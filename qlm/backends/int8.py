@@ -20,6 +20,7 @@ from qlm.backends.base import (
     Statistics,
     TensorLayout,
     apply_keeping_dtypes,
+    as_autocast,
     only_format,
     refuse_not_finite,
     refuse_singular,
@@ -73,8 +74,9 @@ class Int8Linear(nn.Module):
         return apply_keeping_dtypes(self, fn)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_autocast(x)
         if self.float_input:
-            return F.linear(x, (self.weight * self.weight_scale).to(x.dtype), self.bias)
+            return F.linear(x, torch.ops.qlm.int8_weight(self.weight, self.weight_scale, x.dtype), self.bias)
         return int8_linear(x, self.weight, self.weight_scale, self.row_sum, self.bias, self.symmetric_input)
 
     def activation_format(self) -> str:

@@ -118,6 +118,11 @@ def _gpu(index: int) -> Gpu | None:
     return Gpu((properties.major, properties.minor), properties.multi_processor_count)
 
 
+def has_bfloat16(device: str | torch.device) -> bool:
+    """Whether a GPU multiplies bfloat16; torch's own question is about the current GPU alone."""
+    return torch.cuda.get_device_capability(device) >= _TENSOR_CORES
+
+
 def describe(index: int = 0) -> str:
     """The kernels in words, for `qlm doctor`; empty where they do not compute."""
     gpu = _gpu(index)

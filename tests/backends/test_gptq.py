@@ -79,6 +79,17 @@ def test_gradients() -> None:
     check_gradients(module, weight.float(), SHAPE[1])
 
 
+def test_under_autocast_the_input_is_its_dtype() -> None:
+    """On GPUs norms answer in float32 under autocast, and a product in float32 takes no tensor cores."""
+    tensors, _ = written_elsewhere(SHAPE, 4, 32, False, True)
+    module = backend.module(tensors, random(SHAPE[0]), SHAPE, GptqFormat(4, 32), torch.float32)
+    x = random(3, SHAPE[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, module(x.bfloat16()))
+
+
 def test_state_dict_is_the_file() -> None:
     tensors, _ = written_elsewhere(SHAPE, 4, 32, False, False)
     module = backend.module(tensors, random(SHAPE[0]), SHAPE, GptqFormat(4, 32), torch.float32)

@@ -66,6 +66,18 @@ def test_from_weight_to_output(dtype: torch.dtype, symmetric: bool) -> None:
     check_gradients(module, back, SHAPE[1])
 
 
+@pytest.mark.parametrize("float_input", [False, True])
+def test_under_autocast_the_input_is_its_dtype(float_input: bool) -> None:
+    """On GPUs norms answer in float32 under autocast."""
+    (made,) = backend.quantize({"fc1": random(*SHAPE)}, None, settings_of("int8"))
+    module = backend.module(made.tensors, None, SHAPE, Int8Format(True, float_input), torch.float32).eval()
+    x = random(3, SHAPE[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, module(x.bfloat16()))
+
+
 def test_state_dict_is_the_file() -> None:
     (made,) = backend.quantize({"fc1": random(*SHAPE)}, None, settings_of("int8"))
     module = backend.module(made.tensors, random(SHAPE[0]), SHAPE, Int8Format(), torch.float32)
