@@ -1,7 +1,8 @@
 """What a recipe will need, before anything starts: memory, disk and time. Nothing but headers and configs is read.
 
 The figures are estimates from shapes. Memory and disk are counted tensor by tensor, as the code allocates them, and err on the high
-side; time comes from a matrix product timed here and now, and is good to a factor of two.
+side; time comes from a matrix product timed here and now, and is good to a factor of two. On a GPU blocks, activations and models are in
+its memory; the process itself has a block's tensors on their way to and from the disk.
 """
 
 import math
@@ -20,7 +21,7 @@ from qlm.blocks import choose_settings, stages_of
 from qlm.calibrate import calibration_dtype, window_length
 from qlm.errors import CannotCreate, Unavailable, UsageError
 from qlm.formats.dtypes import DTYPES
-from qlm.load import block_paths, check_attention, open_source, tied_names
+from qlm.load import block_paths, check_attention, check_device, open_source, resolve_dtype, tied_names
 from qlm.recipe import Recipe
 from qlm.sensitivity import SLICE_LOGITS, Layer, budget_of, measured_at, names_in
 from qlm.stream import BATCH_TOKENS, FEW, HELD_OUT
@@ -47,6 +48,7 @@ class Plan:
     Attributes:
         quantize_memory, evaluate_memory: peak of the process in each step; evaluating holds the float and the quantized model.
         disk: of the finished output.
+        gpu_quantize_memory, gpu_evaluate_memory, gpu_memory_available: the same of the GPU's memory; 0 on a CPU.
     """
 
     linears: int
@@ -57,13 +59,17 @@ class Plan:
     disk_free: int
     quantize_seconds: float
     evaluate_seconds: float
+    gpu_quantize_memory: int = 0
+    gpu_evaluate_memory: int = 0
+    gpu_memory_available: int = 0
 
     @property
     def memory(self) -> int:
         return max(self.quantize_memory, self.evaluate_memory)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "memory": self.memory}
+        facts = {name: value for name, value in asdict(self).items() if self.gpu_memory_available or "gpu" not in name}
+        return {**facts, "memory": self.memory}
 
 
 def available_memory() -> int:
@@ -97,20 +103,27 @@ def free_disk(output: Path) -> int:
     return shutil.disk_usage(folder).free + written
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 768) -> float:
+def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Multiply-adds per second of a square product here and now; the best of three."""
-    a = torch.randn(size, size).to(dtype)
+    on_gpu = torch.device(device).type == "cuda"
+    size = 4096 if on_gpu else 768
+    a = torch.randn(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
         a @ a
+        if on_gpu:
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return size**3 / best
 
 
 def plan(recipe: Recipe, device: str = "cpu") -> Plan:
-    """Predict what the recipe needs. Raises what `quantize` would raise for a wrong recipe or checkpoint."""
+    """Predict what the recipe needs. Raises what `quantize` would raise for a wrong recipe or checkpoint, and for a device that is not
+    there."""
+    check_device(device)
     check_attention(recipe.attn_implementation, device)
+    on_gpu = device.startswith("cuda")
     # Not the recipe's attention: what another machine needs can be asked on one that has no GPU.
     source, model = open_source(recipe.model, revision=recipe.revision, task=recipe.task)
     if source.backend is not None:
@@ -153,31 +166,41 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
     largest = max((shapes[n] for n in first if len(shapes[n]) == 2), key=lambda s: s[0] * s[1])
     shard = max(sum(stored[n] for n in numel if n.startswith(f"{path}.")) for path in blocks)
     # A shard is serialized in memory before it is written, and the embedding likewise.
-    quantize_memory = max(3 * shard + 12 * largest[0] * largest[1], 3 * outside_weights * dtype.itemsize)
+    reading = max(3 * shard + 12 * largest[0] * largest[1], 3 * outside_weights * dtype.itemsize)
+    quantize_memory: float = reading
     quantize_seconds = sum(numel.values()) / 2e8
     if recipe.quantize.needs_calibration:
         quantize_memory, quantize_seconds = _calibrated(
-            recipe, source, block, chosen, shapes, block_weights, outside_weights, shard, len(blocks)
+            recipe, source, block, chosen, shapes, block_weights, outside_weights, shard, len(blocks), device
         )
     if layers is not None:
-        choosing = _choosing(recipe, source, model, shapes, layers, blocks)
+        choosing = _choosing(recipe, source, model, shapes, layers, blocks, device)
         quantize_memory, quantize_seconds = max(quantize_memory, choosing[0]), quantize_seconds + choosing[1]
     evaluate_memory = evaluate_seconds = 0.0
     if recipe.evaluate is not None:
-        floats = 4 * sum(numel.values())
-        quantized = 4 * outside_weights + sum(stored[n] for n in numel if n not in outside)
-        evaluate_memory = PROCESS_BYTES + floats + quantized + 6 * 4 * BATCH_TOKENS * max(largest)
+        compute = resolve_dtype(None, device, source.spec)
+        floats = compute.itemsize * sum(numel.values())
+        quantized = compute.itemsize * outside_weights + sum(stored[n] for n in numel if n not in outside)
+        evaluate_memory = floats + quantized + 6 * 4 * BATCH_TOKENS * max(largest)
         tokens = (recipe.evaluate.windows or 150) * window_length(recipe.evaluate.length, _positions(source))
-        evaluate_seconds = 3 * tokens * sum(numel.values()) / matmul_rate(torch.float32)
+        evaluate_seconds = 3 * tokens * sum(numel.values()) / matmul_rate(compute, device)
+    on_device = (0, 0, 0)
+    if on_gpu:
+        on_device = int(quantize_memory), int(evaluate_memory), torch.cuda.mem_get_info(device)[0]
+        quantize_memory = reading
+        evaluate_memory = 3 * 4 * max(numel.values()) if recipe.evaluate is not None else 0
     return Plan(
         linears=len(chosen),
         quantize_memory=int(PROCESS_BYTES + quantize_memory),
-        evaluate_memory=int(evaluate_memory),
+        evaluate_memory=int(PROCESS_BYTES + evaluate_memory) if recipe.evaluate is not None else 0,
         memory_available=available_memory(),
         disk=disk,
         disk_free=free_disk(Path(recipe.output)),
         quantize_seconds=round(quantize_seconds, 1),
         evaluate_seconds=round(evaluate_seconds, 1),
+        gpu_quantize_memory=on_device[0],
+        gpu_evaluate_memory=on_device[1],
+        gpu_memory_available=on_device[2],
     )
 
 
@@ -204,10 +227,11 @@ def _calibrated(
     outside_weights: int,
     shard: int,
     blocks: int,
+    device: str,
 ) -> tuple[float, float]:
     """Memory and time of calibrated quantizing: the stream, one block, `first`, the Hessians of one stage, and the solver's copies."""
     assert recipe.calibration is not None
-    compute = calibration_dtype("cpu")
+    compute = calibration_dtype(device)
     length = window_length(recipe.calibration.length, _positions(source))
     tokens = recipe.calibration.samples * length
     hidden = int(getattr(source.config, source.spec.hidden_size))
@@ -231,14 +255,14 @@ def _calibrated(
     widest = max(max(shape) for name, shape in shapes.items() if name.startswith(f"{first}."))
     activations = 8 * compute.itemsize * BATCH_TOKENS * widest + 4 * BATCH_TOKENS * widest
     block = stream + sides * block_weights * compute.itemsize + 2 * shard
-    learning, learned = _learning(recipe, source, chosen, shapes, first, block_weights)
+    learning, learned = _learning(recipe, source, chosen, shapes, first, block_weights, device)
     memory = block + max(hessians + largest_group + activations, learning)
     embedding = 2 * outside_weights * compute.itemsize + stream
     # Each stage runs the block as far as its linears, and a last pass runs all of it.
     forward = sides * tokens * block_weights * (1 + len(stages) / 2)
     # A sweep over the codes costs about as much as the solver.
     solving = sides * products * (1 + recipe.quantize.sweeps / 4)
-    seconds = blocks * (solving / matmul_rate(torch.float32) + forward / matmul_rate(compute) + learned)
+    seconds = blocks * (solving / matmul_rate(torch.float32, device) + forward / matmul_rate(compute, device) + learned)
     return max(memory, embedding), seconds
 
 
@@ -249,10 +273,11 @@ def _learning(
     shapes: Mapping[str, tuple[int, ...]],
     first: str,
     block_weights: int,
+    device: str,
 ) -> tuple[float, float]:
     """Memory beside the stream and the block, and seconds a block, of what is learned by gradient."""
     assert recipe.calibration is not None
-    section, compute = recipe.quantize, calibration_dtype("cpu")
+    section, compute = recipe.quantize, calibration_dtype(device)
     samples, length = recipe.calibration.samples, window_length(recipe.calibration.length, _positions(source))
     aside = min(samples - 1, math.ceil(samples / HELD_OUT))
     if not aside or not (section.rounding_steps or section.tune_steps):
@@ -279,7 +304,9 @@ def _learning(
 
     learned = rounds * products(section.rounding_steps) + (products(section.tune_steps) if section.tune_steps else 0)
     targets = samples * length * block_weights
-    return memory, (learned + targets) / matmul_rate(compute) + section.rounding_steps * sum(together) / LEARNED_RATE
+    return memory, (learned + targets) / matmul_rate(compute, device) + section.rounding_steps * sum(
+        together
+    ) / LEARNED_RATE
 
 
 def _choosing(
@@ -289,10 +316,11 @@ def _choosing(
     shapes: Mapping[str, tuple[int, ...]],
     layers: Sequence[Layer],
     blocks: Sequence[str],
+    device: str,
 ) -> tuple[float, float]:
     """Memory and time of choosing bits by a budget: the whole float model and gradients; then one block's Hessians and the solver."""
     assert recipe.calibration is not None
-    compute = calibration_dtype("cpu")
+    compute = calibration_dtype(device)
     length = window_length(recipe.calibration.length, _positions(source))
     hidden = int(getattr(source.config, source.spec.hidden_size))
     samples = recipe.calibration.samples
@@ -328,7 +356,7 @@ def _choosing(
     memory = whole * compute.itemsize + gradients + max(backward, costs)
     # Backward passes compute each block again, and cost twice a forward one; the streams pass through each block twice.
     forward = 4 * aside * length * whole + 2 * (samples + aside) * length * in_block * len(blocks)
-    return memory, forward / matmul_rate(compute) + products / matmul_rate(torch.float32)
+    return memory, forward / matmul_rate(compute, device) + products / matmul_rate(torch.float32, device)
 
 
 def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
@@ -338,15 +366,20 @@ def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
         CannotCreate: the disk is too small. Unavailable: memory is.
     """
     refuse_small_disk(recipe.output, needs.disk, needs.disk_free)
-    for what, need, advice in (
-        ("quantizing", needs.quantize_memory, "use fewer or shorter calibration samples"),
-        ("evaluating", needs.evaluate_memory, "remove the evaluate section"),
+    here = f"on this machine ({os.uname().machine})"
+    for what, need, of_gpu, advice in (
+        ("quantizing", needs.quantize_memory, needs.gpu_quantize_memory, "use fewer or shorter calibration samples"),
+        ("evaluating", needs.evaluate_memory, needs.gpu_evaluate_memory, "remove the evaluate section"),
     ):
-        if need > needs.memory_available:
-            raise Unavailable(
-                f"{what} {recipe.model} needs about {gigabytes(need)} of memory, and {gigabytes(needs.memory_available)} are "
-                f"available on this machine ({os.uname().machine}); {advice}, or use a larger machine"
-            )
+        for needed, available, where, other in (
+            (need, needs.memory_available, here, "a larger machine"),
+            (of_gpu, needs.gpu_memory_available, "on the GPU", "the CPU"),
+        ):
+            if needed > available:
+                raise Unavailable(
+                    f"{what} {recipe.model} needs about {gigabytes(needed)} of memory, and {gigabytes(available)} are "
+                    f"available {where}; {advice}, or use {other}"
+                )
 
 
 def refuse_small_disk(output: str, needed: int, free: int) -> None:

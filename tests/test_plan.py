@@ -18,6 +18,7 @@ from qlm.plan import SMALL_FILES_BYTES, Plan, available_memory, free_disk, plan,
 from qlm.recipe import Recipe, parse_recipe
 from tests import tiny_models
 from tests.conftest import BACKENDS, FAMILIES, ROOT, recipe_text
+from tests.pretend_gpu import pretend_gpu
 
 plan_module = importlib.import_module("qlm.plan")
 Folder = Callable[..., Path]
@@ -113,6 +114,15 @@ class TestRefusals:
             with pytest.raises(Unavailable, match=rf"{what} .* needs about 9\.00 GB of memory, and 4\.00 GB are"):
                 refuse_if_too_large(recipe(folder_of("opt")), self.needs(**{need: 9_000_000_000}))
 
+    def test_memory_of_a_gpu(self, folder_of: Folder, recipe: Callable[..., Recipe]) -> None:
+        there = {"gpu_memory_available": 5_000_000_000}
+        refuse_if_too_large(recipe(folder_of("opt")), self.needs(gpu_quantize_memory=4_900_000_000, **there))
+        for need, what in (("gpu_quantize_memory", "quantizing"), ("gpu_evaluate_memory", "evaluating")):
+            with pytest.raises(
+                Unavailable, match=rf"{what} .* needs about 9\.00 GB .* and 5\.00 GB are available on the GPU"
+            ):
+                refuse_if_too_large(recipe(folder_of("opt")), self.needs(**{need: 9_000_000_000}, **there))
+
     def test_before_anything_is_written(
         self, folder_of: Folder, recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -158,6 +168,20 @@ class TestWhatIsThere:
         assert free_disk(output) == 1234
 
 
+def test_on_a_gpu_blocks_are_in_its_memory(folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
+    """The same activations and solvers in another place, and a process that only passes tensors on."""
+    text = recipe_text(folder_of("opt"), tmp_path / "out", "gptq", text_file)
+    text = text.replace("samples: 8, length: 32", "samples: 80000, length: 64")
+    here = plan(parse_recipe(text, "a.yaml"))
+    with pretend_gpu():
+        there = plan(parse_recipe(text, "a.yaml"), "cuda")
+    assert there.gpu_memory_available == 64 << 30
+    assert there.quantize_memory < 0.6 * here.quantize_memory
+    # Activations have two or four bytes a number, by what each machine multiplies.
+    assert 0.4 < there.gpu_quantize_memory / (here.quantize_memory - plan_module.PROCESS_BYTES) < 1.1
+    assert not any("gpu" in name for name in here.to_json())
+
+
 def test_longer_calibration_needs_more(folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
     text = recipe_text(folder_of("opt"), tmp_path / "out", "gptq", text_file)
     few = plan(parse_recipe(text, "a.yaml"))
@@ -196,7 +220,7 @@ class TestLearning:
 
     @pytest.fixture(autouse=True)
     def one_rate(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(plan_module, "matmul_rate", lambda dtype: 1e9)
+        monkeypatch.setattr(plan_module, "matmul_rate", lambda dtype, device: 1e9)
 
     @pytest.mark.parametrize("variant", FAMILIES)
     def test_time_grows_with_the_steps(self, variant: str, folder_of: Folder, text_file: Path, tmp_path: Path) -> None:
