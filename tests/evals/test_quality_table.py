@@ -52,3 +52,14 @@ def test_figures_depend_on_what_quantizes_and_judges(monkeypatch: pytest.MonkeyP
     quality_sides.qlm_version.__wrapped__()
     assert {"qlm/numerics/gptq.py", "qlm/tune.py", "qlm/evaluate.py", "qlm/recipe/quantize.py", "qlm/kernels/cpu/gram.cpp"} <= {*asked}  # fmt: skip
     assert not any(name.startswith(("qlm/training/", "qlm/kernels/cuda/", "qlm/cli")) for name in asked)
+
+
+def test_seconds_are_medians_over_rounds() -> None:
+    from quality_seconds import ratios
+
+    rows = [
+        {"checkpoint": "tiny-opt", "format": "4bit", "side": side, "seconds": seconds}
+        for side, seconds in (("qlm-fast-4bit", 2.0), ("qlm-fast-4bit", 3.0), ("qlm-fast-4bit", 9.0), ("gptqmodel-4bit", 12.0), ("qlm-best-4bit", 99.0))
+    ]  # fmt: skip
+    (found,) = ratios(rows)
+    assert (found["preset"], found["ratio"], found["rounds"]) == ("fast", 0.25, 1)
