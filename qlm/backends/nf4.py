@@ -25,7 +25,7 @@ from qlm.backends.base import (
     row_squares,
     with_heads,
 )
-from qlm.backends.nf4_linear import make_nf4_linear
+from qlm.backends.nf4_linear import as_bytes, make_nf4_linear
 from qlm.backends.target import bias_shift_of, target_of
 from qlm.errors import UsageError
 from qlm.formats import nf4
@@ -141,7 +141,7 @@ class Nf4Backend:
         if format.double_quant:
             offset = nf4.nested_offset(nf4.unpack_state(_bytes(tensors[STATE])))
             absmax = double_dequantize(absmax, tensors["weight.nested_absmax"], offset)
-        return dequantize_nf4(unpack_nf4(tensors["weight"]), absmax, shape, BLOCK)
+        return dequantize_nf4(unpack_nf4(as_bytes(tensors["weight"])), absmax, shape, BLOCK)
 
     def module(
         self,
@@ -163,7 +163,7 @@ class Nf4Backend:
             },
             STATE.removeprefix("weight."): pack_state({**state, "dtype": torch_name(dtype)}),
         }
-        return make_nf4_linear(tensors["weight"], quantization_state, bias, shape, dtype)
+        return make_nf4_linear(as_bytes(tensors["weight"]), quantization_state, bias, shape, dtype)
 
     def describe(self, scheme: Scheme, left_out: Sequence[str], dtype: torch.dtype) -> Description:
         config = {

@@ -4,6 +4,9 @@ with qlm's own kernels for passes on a CPU. This module is the project's only do
 On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a Linear4bit at its first forward pass and rounds every absmax to bf16 (a
 relative error of up to 0.4 % in each block, silently, and lossy when saved again). Modules made here do not: they compute
 from the file's absmax.
+
+Under FSDP2 the weight is a DTensor of which each process holds some rows, and while the module runs a plain parameter with all of
+them; the quantization state stays the module's. FSDP2 shards floating-point parameters alone, so that `hold_as` views the bytes as such.
 """
 
 import functools
@@ -16,6 +19,21 @@ from qlm.formats.nf4 import BLOCK
 from qlm.kernels import activations
 from qlm.kernels.cpu_ops import takes_nf4
 from qlm.kernels.ops import nf4_activations, nf4_linear
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """Packed codes held in any dtype, as their bytes: uint8 [O * I / 2, 1], the same memory."""
+    return packed if packed.dtype == torch.uint8 else packed.reshape(-1).view(torch.uint8)[:, None]
+
+
+def hold_as(model: nn.Module, storage: torch.dtype) -> None:
+    """Let all NF4 linears in a model hold their packed bytes as elements of `storage`; no byte changes, and no memory moves.
+
+    Seen as floats they mean nothing and may be NaN: whoever looks for these must leave them out.
+    """
+    for module in model.modules():
+        if isinstance(module, _OnCpus):
+            module.hold_as(storage)
 
 
 def make_nf4_linear(
@@ -64,7 +82,7 @@ class _Operands(NamedTuple):
 
     Attributes:
         weight, statistics: the parameter, and its state's absmax (codes of it, with double quantization).
-        packed: the parameter's data as a plain tensor; the op would make another Params4bit of its result.
+        packed: the parameter's bytes as a plain tensor; the op would make another Params4bit of its result.
         absmax: float32 [O * I / 64].
     """
 
@@ -88,6 +106,8 @@ class _OnCpus(nn.Module):
     compute_dtype: torch.dtype | None
     weight: Any
     bias: Any
+    quant_state: Any
+    quant_storage: torch.dtype
     # Never saved nor copied; None where another kind of weight is here, or it is on a GPU.
     _operands: _Operands | None = None
 
@@ -113,23 +133,38 @@ class _OnCpus(nn.Module):
     def _native(self, operands: _Operands) -> bool:
         return takes_nf4(operands.packed, operands.absmax, self.in_features, BLOCK)
 
+    def hold_as(self, storage: torch.dtype) -> None:
+        """Hold the packed bytes as elements of `storage`."""
+        weight = self.weight
+        held = as_bytes(weight.detach().as_subclass(Tensor)).view(-1).view(storage)[:, None]
+        self.weight = type(weight)(
+            held, requires_grad=False, quant_state=weight.quant_state, blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics, quant_type=weight.quant_type, quant_storage=storage,
+            module=self, bnb_quantized=True,
+        )  # fmt: skip
+        self.quant_storage = storage
+        self._refresh()
+
+    def _state(self) -> Any:
+        # A parameter that somebody else has put there, FSDP2 for one, has none of its own.
+        state = getattr(self.weight, "quant_state", None)
+        return self.quant_state if state is None else state
+
     def _current(self) -> _Operands | None:
-        operands, weight = self._operands, self.weight
-        state = getattr(weight, "quant_state", None)
-        known = operands is not None and operands.weight is weight
-        if not known or state is None or operands.statistics is not state.absmax:  # type: ignore[union-attr]
+        operands, state = self._operands, self._state()
+        known = operands is not None and operands.weight is self.weight
+        if not known or operands.statistics is not state.absmax:  # type: ignore[union-attr]
             self._refresh()
         return self._operands
 
     def _refresh(self) -> None:
         from bitsandbytes.functional import dequantize_blockwise
-        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
-        # As Linear4bit itself does: whoever replaces parameters may have lost the state.
-        fix_4bit_weight_quant_state_from_module(self)  # type: ignore[arg-type]
-        self._operands, weight, state = None, self.weight, self.weight.quant_state
+        self._operands, weight, state = None, self.weight, self._state()
         as_in_files = (
             weight.is_cpu
+            # Between two passes under FSDP2 not all of it is here.
+            and not hasattr(weight, "full_tensor")
             and state is not None
             and state.quant_type == "nf4"
             and state.blocksize == BLOCK
@@ -138,7 +173,7 @@ class _OnCpus(nn.Module):
         )
         if as_in_files:
             absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-            self._operands = _Operands(weight, state.absmax, weight.as_subclass(Tensor), absmax)
+            self._operands = _Operands(weight, state.absmax, as_bytes(weight.as_subclass(Tensor)), absmax)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         module = super()._apply(fn, recurse)

@@ -45,12 +45,23 @@ CODEBOOK: tuple[float, ...] = (
 )
 
 
+# What the packed bytes may be held as (`bnb_4bit_quant_storage`), by safetensors' names and with the bytes of one element. Floats are
+# for FSDP, which shards no integers; the bytes are the same.
+STORAGES: dict[str, tuple[str, int]] = {
+    "uint8": ("U8", 1),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "float32": ("F32", 4),
+}
+
+
 @dataclass(frozen=True)
 class Nf4Format:
-    """`dtype` is that of the weights before quantization, as bitsandbytes names it."""
+    """`dtype` is that of the weights before quantization, as bitsandbytes names it; `storage` a name in STORAGES."""
 
     double_quant: bool
     dtype: str
+    storage: str = "uint8"
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Nf4Weights:
         absmax[b] = nested_code[absmax_code[b]] * nested_absmax[b // nested_block] + nested_offset
 
     Attributes:
-        weight: uint8 [O * I / 2, 1], as the file has it.
+        weight: uint8 [O * I / 2, 1], the file's bytes.
         block: weights of the flattened row-major matrix that share an absmax; B blocks in all.
         absmax: float32 [B].
         absmax_code: uint8 [B].
@@ -83,8 +94,9 @@ def layout(shape: tuple[int, int], format: Nf4Format) -> dict[str, TensorLayout]
     weights = shape[0] * shape[1]
     blocks = -(-weights // BLOCK)
     bytes_, floats = frozenset({"U8"}), frozenset({"F32"})
+    storage, size = STORAGES[format.storage]
     tensors = {
-        "weight": TensorLayout((-(-weights // 2), 1), bytes_),
+        "weight": TensorLayout((-(-weights // (2 * size)), 1), frozenset({storage})),
         "weight.absmax": TensorLayout((blocks,), bytes_ if format.double_quant else floats),
         "weight.quant_map": TensorLayout((16,), floats),
         STATE: TensorLayout((-1,), bytes_),
@@ -111,15 +123,19 @@ def read(config: Mapping[str, Any], linears: Sequence[str], dtype_name: str) -> 
             "quantization_config: bitsandbytes without load_in_4bit; qlm reads NF4 (LLM.int8() folders can be quantized "
             "anew from the float checkpoint with backend int8)"
         )
-    for key, wanted in {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}.items():
-        found = config.get(key, "fp4" if key.endswith("quant_type") else "uint8")
-        if found != wanted:
-            raise DataError(f"quantization_config: {key} is {found!r}; qlm reads {wanted!r}")
+    quant_type = config.get("bnb_4bit_quant_type", "fp4")
+    if quant_type != "nf4":
+        raise DataError(f"quantization_config: bnb_4bit_quant_type is {quant_type!r}; qlm reads 'nf4'")
+    storage = config.get("bnb_4bit_quant_storage", "uint8")
+    if not isinstance(storage, str) or storage not in STORAGES:
+        raise DataError(
+            f"quantization_config: bnb_4bit_quant_storage is {storage!r}; qlm reads {', '.join(map(repr, STORAGES))}"
+        )
     skipped = names_in(config, "llm_int8_skip_modules")
     double_quant = config.get("bnb_4bit_use_double_quant", False)
     if not isinstance(double_quant, bool):
         raise DataError(f"quantization_config: bnb_4bit_use_double_quant is {double_quant!r}; expected true or false")
-    how = Nf4Format(double_quant, TORCH_NAMES[dtype_name])
+    how = Nf4Format(double_quant, TORCH_NAMES[dtype_name], storage)
     return {
         name: how
         for name in linears
@@ -137,10 +153,13 @@ def unpack(tensors: Mapping[str, np.ndarray], shape: tuple[int, int], format: Nf
     """
     state = check_state(tensors[STATE].tobytes(), shape, format)
     check_tables(tensors["weight.quant_map"], tensors.get("weight.nested_quant_map"))
+    weight = tensors["weight"]
+    if weight.dtype != np.uint8:
+        weight = weight.reshape(-1).view(np.uint8)[:, None]
     if not format.double_quant:
-        return Nf4Weights(tensors["weight"], BLOCK, absmax=tensors["weight.absmax"])
+        return Nf4Weights(weight, BLOCK, absmax=tensors["weight.absmax"])
     return Nf4Weights(
-        tensors["weight"],
+        weight,
         BLOCK,
         absmax_code=tensors["weight.absmax"],
         nested_code=tensors["weight.nested_quant_map"],

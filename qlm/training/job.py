@@ -8,7 +8,8 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed
 from qlm.arch import HEADS, Task
 from qlm.calibrate import window_length
 from qlm.errors import DataError, Unavailable, UsageError
+from qlm.kernels.cuda_ops import has_bfloat16
 from qlm.load import Source, linear_paths, load_tokenizer, open_source
 from qlm.recipe import FinetuneRecipe, Recipe
 from qlm.training.data import NOT_LEARNED, Samples, read_samples, split
@@ -25,44 +27,87 @@ from qlm.training.data import NOT_LEARNED, Samples, read_samples, split
 _LARGE = 300_000_000
 
 
+# How long processes wait for one that quantizes the base, or reads a large one. What they send each other while they train keeps torch's
+# own limit (10 minutes with NCCL).
+LONGEST_WAIT = timedelta(hours=24)
+# What accelerate's configuration may say of FSDP, by the variable that its launcher makes of a key (whose default comes first).
+_FSDP_SETTINGS: dict[str, tuple[str, str, str, str]] = {
+    "FSDP_VERSION": ("1", "2", "fsdp_version", "FSDP1 makes one flat tensor of weights of different kinds"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "false", "false", "fsdp_activation_checkpointing",
+        "accelerate's computes activations anew with other dropout; train.gradient_checkpointing of the recipe does not",
+    ),
+    "FSDP_OFFLOAD_PARAMS": ("false", "false", "fsdp_offload_params", "the optimizer and the 4-bit linears need their weights on the GPU"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "false", "false", "fsdp_cpu_ram_efficient_loading", "every process reads the base itself"
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Process:
-    """Which of `count` processes this is, by its rank from 0, and where it computes."""
+    """Which of `count` processes this is, by its rank from 0, and where it computes.
+
+    Attributes:
+        sharded: whether each process holds a part of every weight alone (FSDP2), as accelerate's configuration says.
+        waiting: torch's process group for waits that may last as long as LONGEST_WAIT; None for one process.
+    """
 
     device: torch.device
     rank: int
     count: int
+    sharded: bool = False
+    waiting: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def here(cls, device: str) -> "Process":
         """As the launcher's environment says (torchrun's variables, which accelerate sets as well).
 
         Raises:
-            UsageError: FSDP on a CPU.
+            UsageError: FSDP on a CPU, or with settings that would train otherwise than the recipe says.
         """
         count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         found = torch.device(device)
-        if found.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            # accelerate (1.15) takes no notice of its FSDP configuration on CPUs, and trains with DDP.
-            raise UsageError(
-                "accelerate's configuration asks for FSDP, which it has on GPUs only; found cpu: give --device cuda, or use DDP"
-            )
+        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if sharded:
+            check_fsdp(found)
         if found.type == "cuda":
             index = int(os.environ.get("LOCAL_RANK", "0")) if count > 1 else found.index or 0
             found = torch.device("cuda", index)
             torch.cuda.set_device(found)
-        if count > 1 and not torch.distributed.is_initialized():
+        if count == 1:
+            return cls(found, rank, count, sharded)
+        if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
-        return cls(found, rank, count)
+        # With gloo on GPUs too: a wait of NCCL's keeps the GPU busy.
+        waiting = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        return cls(found, rank, count, sharded, waiting)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Until all processes are here, for LONGEST_WAIT at most."""
         if self.count > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.waiting)
+
+
+def check_fsdp(device: torch.device) -> None:
+    """Refuse what accelerate's configuration asks of FSDP and what cannot be had.
+
+    Raises:
+        UsageError: names the key of accelerate's configuration file.
+    """
+    if device.type == "cpu":
+        # accelerate (1.15) takes no notice of its FSDP configuration on CPUs, and trains with DDP.
+        raise UsageError(
+            "accelerate's configuration asks for FSDP, which it has on GPUs only; found cpu: give --device cuda, or use DDP"
+        )
+    for variable, (default, wanted, key, why) in _FSDP_SETTINGS.items():
+        said = os.environ.get(variable, default).lower()
+        if said != wanted:
+            raise UsageError(f"accelerate's configuration: {key}: found {said}; allowed here: {wanted}, for {why}")
 
 
 @dataclass(frozen=True)
@@ -141,7 +186,7 @@ class Job:
             max_length=length,
             pad_id=_pad_id(tokenizer, source),
             precision=choose_precision(train.precision, process.device),
-            optimizer=choose_optimizer(train.optimizer, process.device),
+            optimizer=choose_optimizer(train.optimizer, process.device, process.sharded),
             checkpointing=large if train.gradient_checkpointing == "auto" else train.gradient_checkpointing,
         )
 
@@ -213,24 +258,32 @@ def choose_precision(wanted: str, device: torch.device) -> str:
         UsageError, Unavailable: this device cannot train in what was asked for.
     """
     on_gpu = device.type == "cuda"
-    has_bfloat16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16_here = not on_gpu or has_bfloat16(device)
     if wanted == "auto":
-        return "float32" if not on_gpu else "bfloat16" if has_bfloat16 else "float16"
+        return "float32" if not on_gpu else "bfloat16" if bfloat16_here else "float16"
     if wanted == "float16" and not on_gpu:
         raise UsageError(
             "train.precision: found float16 on a CPU, where no loss scaling is made for it; allowed here: float32 or bfloat16"
         )
-    if wanted == "bfloat16" and not has_bfloat16:
+    if wanted == "bfloat16" and not bfloat16_here:
         raise Unavailable("train.precision: this GPU has no bfloat16; use float16 or auto")
     return wanted
 
 
-def choose_optimizer(wanted: str, device: torch.device) -> str:
-    """ "auto" is paged 8-bit AdamW on CUDA, AdamW elsewhere. Raises UsageError for an 8-bit one on a CPU."""
+def choose_optimizer(wanted: str, device: torch.device, sharded: bool = False) -> str:
+    """ "auto" is paged 8-bit AdamW on CUDA, AdamW elsewhere and under FSDP, where each process holds a part of its state.
+
+    Raises:
+        UsageError: an 8-bit one on a CPU, or under FSDP (bitsandbytes 0.50 has none for parameters in parts).
+    """
     if wanted == "auto":
-        return "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+        return "paged_adamw_8bit" if device.type == "cuda" and not sharded else "adamw"
     if wanted != "adamw" and device.type != "cuda":
         raise UsageError(f"train.optimizer: found {wanted} on {device.type}; it needs CUDA: use adamw or auto")
+    if wanted != "adamw" and sharded:
+        raise UsageError(
+            f"train.optimizer: found {wanted} under FSDP, for whose parameters in parts it is not made; use adamw or auto"
+        )
     return wanted
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlm.calibrate import instead_of_forward
@@ -36,14 +35,11 @@ def language_loss(model: Any, batch: Mapping[str, Tensor], dtype: torch.dtype) -
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     inner = getattr(model, "module", model)
     head = inner.get_output_embeddings()
-    if hasattr(head.weight, "full_tensor"):
-        # FSDP2: each process holds a part, and the whole only while the model runs.
-        logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
-        return F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=NOT_LEARNED, reduction="sum")
-    # What `logits` are then is what the head would read: [B, T, E]. Forward is the wrapper's, which waits for gradients there.
-    with instead_of_forward(head, lambda hidden: hidden):
-        hidden = model(**inputs).logits
-    return summed_loss(hidden, head.weight, batch["labels"], dtype)
+    # What `logits` are then is the loss. It is made where the head would run: under FSDP2 all of its weight is here then alone. Forward
+    # is the wrapper's, which waits for gradients there.
+    with instead_of_forward(head, lambda hidden: summed_loss(hidden, head.weight, batch["labels"], dtype)):
+        loss: Tensor = model(**inputs).logits
+    return loss
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,12 +17,14 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from qlm.backends import nf4_linear
 from qlm.checkpoint import strict_json
 from qlm.checkpoint.files import write_file
 from qlm.errors import DataError, Unavailable
@@ -63,7 +65,8 @@ def training_arguments(train: TrainRecipe, job: Job, process: Process, checkpoin
         warmup_steps=math.ceil(train.warmup * job.steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_gradient_norm,
-        optim=_OPTIMIZERS[job.optimizer],
+        # Fused AdamW skips a step whose gradients overflow by itself, and tells nobody: not accelerate, whose schedule would go on.
+        optim="adamw_torch" if (job.optimizer, job.precision) == ("adamw", "float16") else _OPTIMIZERS[job.optimizer],
         seed=train.seed,
         bf16=job.precision == "bfloat16",
         fp16=job.precision == "float16",
@@ -80,8 +83,14 @@ def training_arguments(train: TrainRecipe, job: Job, process: Process, checkpoin
         dataloader_pin_memory=process.device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
+    # accelerate's configuration may name another; the recipe decides.
+    arguments.mixed_precision = {"bfloat16": "bf16", "float16": "fp16"}.get(job.precision, "no")
     # Without a launcher the Trainer would spread a batch over all GPUs it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if process.device.type == "cuda" and process.count == 1:
+        # It takes the first GPU, whichever was asked for.
+        torch.cuda.set_device(process.device)
+        arguments.__dict__["_setup_devices"] = process.device
     return arguments
 
 
@@ -176,6 +185,9 @@ class TrainingLoop(Trainer):
         self._named: dict[Tensor, str] = {}
         self._resumed: TrainingState | None = None
         self._clock: tuple[float, int] = (time.monotonic(), 0)
+        if process.sharded:
+            # Integers accelerate leaves whole in each process.
+            nf4_linear.hold_as(model, torch.bfloat16)
         super().__init__(
             model=model,
             args=arguments,
@@ -183,11 +195,28 @@ class TrainingLoop(Trainer):
             eval_dataset=job.validation or None,
             data_collator=functools.partial(collate, pad_id=job.pad_id),
         )
+        if process.sharded:
+            self._check_sharding()
         from transformers.trainer_callback import PrinterCallback
 
         # It prints every record to stdout.
         self.remove_callback(PrinterCallback)
         self.add_callback(_watch_class()(self))
+
+    def _check_sharding(self) -> None:
+        if not self.accelerator.is_fsdp2:
+            raise Unavailable(
+                f"accelerate's configuration asks for FSDP2, and accelerate chose {self.accelerator.distributed_type}; use torchrun "
+                "without it, or start this with accelerate launch"
+            )
+        # It would hold all parameters in the precision of the products: packed codes would be taken for numbers and rounded.
+        # Autocast, below, rounds for products alone, as it does in one process.
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def _autocast(self) -> Any:
+        """Products in the run's precision. Without FSDP2 accelerate sees to it in the model's forward."""
+        wanted = self.process.sharded and self.job.precision != "float32"
+        return torch.autocast(self.process.device.type, self.job.dtype) if wanted else nullcontext()
 
     def run(self, state: TrainingState | None) -> None:
         """Train from the beginning or from the state to the end, or until a signal comes."""
@@ -212,8 +241,12 @@ class TrainingLoop(Trainer):
         self.train(resume_from_checkpoint=None if state is None else str(self.checkpoints))
 
     def adapter_model(self) -> Any:
-        """The model with its adapter, without what accelerate puts around it."""
-        return self.accelerator.unwrap_model(self.model_wrapped)
+        """The model with its adapter, without what accelerate puts around it, when the run is over: after FSDP2 its trained parameters are
+        made whole, in a call that every process makes."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        if self.process.sharded:
+            training_state.make_whole(model)
+        return model
 
     # - data -
 
@@ -236,12 +269,13 @@ class TrainingLoop(Trainer):
         """Cross entropy summed over the targets and divided by the step's number of them, where transformers' classes for heads take a mean
         over each batch."""
         assert not return_outputs
-        if self.job.task == "causal-lm":
-            loss = language_loss(model, inputs, self.job.dtype)
-        else:
-            inputs = dict(inputs)
-            targets = {key: inputs.pop(key) for key in training_loss.TARGETS if key in inputs}
-            loss = training_loss.head_loss(model(**inputs), targets)
+        with self._autocast():
+            if self.job.task == "causal-lm":
+                loss = language_loss(model, inputs, self.job.dtype)
+            else:
+                inputs = dict(inputs)
+                targets = {key: inputs.pop(key) for key in training_loss.TARGETS if key in inputs}
+                loss = training_loss.head_loss(model(**inputs), targets)
         return loss / num_items_in_batch * self.process.count
 
     # - the step -
@@ -290,12 +324,16 @@ class TrainingLoop(Trainer):
             named = [(name, training_state.full(p.grad)) for p, name in self._names().items() if p.grad is not None]
             self._stop(f"the gradient's norm is {gradient}", watchdog.not_finite(named) or watchdog.largest_norm(named))
         if not math.isfinite(state):
-            self._stop("the optimizer's state is not finite", watchdog.not_finite(moments))
+            whole = [(name, training_state.full(tensor)) for name, tensor in moments]
+            self._stop("the optimizer's state is not finite", watchdog.not_finite(whole))
         if not overflowed:
             nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
     def _where_loss(self) -> str | None:
+        if self.process.sharded:
+            # Where all processes must take part in a pass, one cannot search through its own batches.
+            return watchdog.not_finite((name, training_state.full(p.detach())) for p, name in self._names().items())
         model = self.adapter_model()
         trained = training_state.trainable(model)
 
@@ -370,17 +408,22 @@ class TrainingLoop(Trainer):
     def _measure(self) -> dict[str, Any] | None:
         """What the validation rows give; None when a signal came meanwhile."""
         rows, size = self.job.validation, self.args.per_device_train_batch_size
-        starts = range(self.process.rank * size, len(rows), self.process.count * size)
+        together = self.process.count * size
+        # Under FSDP2 all take part in each pass: those without rows left have one without weight.
+        count = len(rows) if not self.process.sharded else math.ceil(len(rows) / together) * together
+        starts = range(self.process.rank * size, count, together)
+        without_weight: list[dict[str, Any]] = [dict(Rows(rows, self.job.pad_id)[-1])] if rows else []
 
         def batches() -> Iterator[dict[str, Tensor]]:
             for number, start in enumerate(starts):
                 self.tell("evaluate", number, len(starts))
                 if self.signals.number and self.process.count == 1:
                     return
-                batch = collate(rows[start : start + size], self.job.pad_id)
+                batch = collate(rows[start : start + size] or without_weight, self.job.pad_id)
                 yield {key: value.to(self.args.device) for key, value in batch.items()}
 
-        sums = training_loss.validation_sums(self.model, batches(), self.job.task, self.job.dtype, self.args.device)
+        with self._autocast():
+            sums = training_loss.validation_sums(self.model, batches(), self.job.task, self.job.dtype, self.args.device)
         sums = torch.cat([sums, sums.new_tensor([self.signals.number])])
         if self.process.count > 1:
             sums = self.accelerator.gather(sums[None]).reshape(-1, 4).sum(0)
@@ -396,6 +439,7 @@ class TrainingLoop(Trainer):
         """Of the trained parameters. Walking through the model takes longer than a look at their gradients; once it is prepared for
         training they stay the same."""
         if not self._named:
+            training_state.split_again(cast(nn.Module, self.model))
             self._named = {
                 parameter: name for name, parameter in training_state.trainable(cast(nn.Module, self.model)).items()
             }

@@ -319,9 +319,10 @@ def set_optimizer_state(
                 if isinstance(known, Tensor) and isinstance(value, Tensor) and known.dtype == value.dtype:
                     known.copy_(_like(value, known))
                 elif isinstance(value, Tensor):
-                    # AdamW counts steps on the CPU, wherever the parameter is.
+                    # AdamW counts steps on the CPU, wherever the parameter is, unless it is fused.
                     same_shape = value.shape == parameter.shape
-                    state[key] = _like(value, parameter) if same_shape else value.clone()
+                    there = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+                    state[key] = _like(value, parameter) if same_shape else value.to(there, copy=True)
                 else:
                     state[key] = value
 
@@ -330,6 +331,23 @@ def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each process holds a part (FSDP2's DTensor); any other as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if callable(gather) else tensor
+
+
+def split_again(model: torch.nn.Module) -> None:
+    """Take away the whole weights that FSDP2 has left in a model after a pass, so that its parameters are those that the optimizer knows."""
+    for module in model.modules():
+        reshard = getattr(type(module), "reshard", None)
+        if callable(reshard):
+            reshard(module)
+
+
+def make_whole(model: torch.nn.Module) -> None:
+    """Put the whole of each trained parameter in the place of this process's part. Such a model can be saved, and trained no more. Every
+    process must make this call."""
+    split_again(model)
+    for name, parameter in trainable(model).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(full(parameter.detach()))
 
 
 def _like(value: Tensor, wanted: Any) -> Tensor:

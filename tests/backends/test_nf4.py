@@ -314,7 +314,7 @@ def test_a_head_is_never_quantized(skip: list[str] | None) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"load_in_4bit": False, "_load_in_4bit": False}, {"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_quant_type": None},
-     {"bnb_4bit_quant_type": ["nf4"]}, {"bnb_4bit_quant_storage": "bfloat16"}, {"llm_int8_skip_modules": "lm_head"},
+     {"bnb_4bit_quant_type": ["nf4"]}, {"bnb_4bit_quant_storage": "int8"}, {"llm_int8_skip_modules": "lm_head"},
      {"llm_int8_skip_modules": [3]}, {"llm_int8_skip_modules": {"a": 1}}, {"bnb_4bit_use_double_quant": "no"}],
     ids=str,
 )  # fmt: skip

@@ -131,15 +131,18 @@ def test_what_is_not_finite_shows(value: float) -> None:
     assert not loss.isfinite()
 
 
-def test_a_head_in_parts() -> None:
-    """As FSDP2 has it: `weight` says so, and the model's own head computes."""
+def test_a_head_whose_weight_is_there_only_while_it_runs() -> None:
+    """As FSDP2 has it: before and after the head is called, its weight is this process's part."""
     model, ids = adapted(FAMILIES[0]), tiny_models.token_ids(2, 6)
     batch = {"input_ids": ids, "labels": ids}
     wanted = language_loss.language_loss(model, batch, torch.float32)
-    calls: list[int] = []
     head = model.get_output_embeddings()
-    head.weight.full_tensor = lambda: None
-    head.register_forward_hook(lambda module, args, output: calls.append(1))
+    whole, part = head.weight, torch.nn.Parameter(torch.full_like(head.weight, torch.nan), requires_grad=False)
+    head.weight = part
+    head.register_forward_pre_hook(lambda module, args: setattr(module, "weight", whole))
+    head.register_forward_hook(lambda module, args, output: setattr(module, "weight", part))
     found = language_loss.language_loss(model, batch, torch.float32)
-    assert calls == [1]
+    assert head.weight is part
     assert found.item() == pytest.approx(wanted.item(), rel=TOLERANCE)
+    found.backward()
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "lora" in name)

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_what_a_cpu_cannot(
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
 def test_precision_by_hardware(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_precision("auto", torch.device("cuda", 0)) == expected
     assert choose_precision("auto", torch.device("cpu")) == "float32"
     if expected == "float16":
@@ -193,3 +194,30 @@ def test_a_foreign_output_is_refused_before_the_base_is_made(copy_of: Callable[.
     with pytest.raises(CannotCreate, match="out: exists already and is not an output of qlm"):
         finetune(recipe)
     assert not (tmp_path / "out-base").exists()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "expected"),
+    [("adamw", "float32", "adamw_torch_fused"), ("adamw", "float16", "adamw_torch"), ("paged_adamw_8bit", "float16", "paged_adamw_8bit")],
+)  # fmt: skip
+def test_a_skipped_step_is_seen(optimizer: str, precision: str, expected: str, tmp_path: Path) -> None:
+    """Fused AdamW skips a step whose gradients overflow without a word; the schedule and the log would go on."""
+    recipe = recipe_of("model", tmp_path / "out", tmp_path / "data.txt")
+    job: Any = SimpleNamespace(
+        steps=3, optimizer=optimizer, precision=precision, checkpointing=False, validation=[], max_length=16
+    )
+    found = training_loop.training_arguments(recipe.train, job, Process(torch.device("cpu"), 0, 1), tmp_path)
+    assert found.optim == expected
+
+
+def test_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers takes the first."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    recipe = recipe_of("model", tmp_path / "out", tmp_path / "data.txt")
+    job: Any = SimpleNamespace(
+        steps=3, optimizer="adamw", precision="float32", checkpointing=False, validation=[], max_length=16
+    )
+    second = torch.device("cuda", 1)
+    found = training_loop.training_arguments(recipe.train, job, Process(second, 0, 1), tmp_path)
+    assert (found.device, chosen) == (second, [second])

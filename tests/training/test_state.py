@@ -345,3 +345,17 @@ def test_state_that_its_optimizer_allocates_is_filled(folder: Path) -> None:
     assert all(bool((tensor == 7).all()) for tensor in made)
     assert [state["step"] for state in fresh.state.values()] == [5, 5, 5]
     assert fresh.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (None, "cpu")])
+def test_steps_are_counted_where_the_optimizer_wants_them(fused: bool | None, place: str) -> None:
+    """Fused AdamW on a GPU takes its count of steps from the GPU, the other from the CPU."""
+    parameter = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    saved = {
+        "groups": [{**optimizer.param_groups[0], "params": ["a"], "fused": fused}],
+        "state": {"a": {"step": torch.tensor(5.0), "exp_avg": torch.ones(3)}},
+    }
+    training_state.set_optimizer_state(optimizer, {parameter: "a"}, saved)
+    found = optimizer.state[parameter]
+    assert (found["step"].device.type, found["exp_avg"].device.type) == (place, "meta")
