@@ -12,8 +12,8 @@ of the kind that was trained on, by the protocol of evals/README.md, with float 
 The adapter is also loaded by plain PEFT on plain transformers, over bitsandbytes' reading of the NF4 base (in float32, without its
 repacking) and over the float base: the largest difference of a logit from qlm's.
 
-A recipe's row is kept in --out as soon as it is there; with --work an interrupted row goes on where it was. The last line printed is JSON;
-the exit code is 1 if a row failed.
+A recipe's row is kept in --out as soon as it is there, with the version of the sources that made it, and measured anew when those or the settings
+are others; with --work an interrupted row goes on where it was. The last line printed is JSON; the exit code is 1 if a row failed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from equivalence import compute_in_float32, logits_of, plain_transformers
 from quality_subject import remember_hidden_states
-from shared import ROOT, change_json, cpu_name, slug, use_checkout, versions
+from shared import ROOT, WITHOUT_FIGURES, change_json, cpu_name, slug, sources_version, use_checkout, versions
 
 OUT = ROOT / "evals" / "results" / "finetune_quality.json"
 RECIPES = tuple(ROOT / "recipes" / "qlora" / f"tiny-{name}.yaml" for name in ("opt", "gpt-neox", "gpt-bigcode"))
@@ -212,6 +212,7 @@ def row_of(subject: Subject, threads: int) -> dict[str, Any]:
     return {
         "checkpoint": subject.name,
         "protocol": subject.digest,
+        "version": version(),
         "steps": result.steps,
         "trained_on": subject.data.name,
         "trainable_parameters": result.training["trainable_parameters"],
@@ -226,6 +227,11 @@ def row_of(subject: Subject, threads: int) -> dict[str, Any]:
         "threads": threads,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def version() -> str:
+    """Of what trains, merges, loads and judges."""
+    return sources_version(("qlm.finetune", "qlm.merge", "qlm.load", "qlm.evaluate"), without=WITHOUT_FIGURES)
 
 
 # --- the file and its table -------------------------------------------------------------------------------------------
@@ -305,7 +311,9 @@ def run(options: argparse.Namespace, work: Path) -> list[str]:
     for file in options.recipes:
         subject = Subject(file, options, work)
         known = [row for row in rows_of(options.out) if row["checkpoint"] == subject.name]
-        if known and known[0]["protocol"] == subject.digest and not options.force:
+        # Rows of before there were versions have none.
+        same = [row for row in known if (row["protocol"], row.get("version")) == (subject.digest, version())]
+        if same and not options.force:
             print(f"{subject.name}: there already", flush=True)
             continue
         try:

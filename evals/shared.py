@@ -1,6 +1,9 @@
 """What several drivers need: the machine in words, a tokenizer without training, files written whole, peak memory."""
 
+import ast
 import fcntl
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -50,6 +53,40 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+@functools.cache
+def sources_version(modules: tuple[str, ...], files: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> str:
+    """qlm's version and the first digits of a hash of sources: what figures depend on besides the settings that are kept with them.
+
+    Args:
+        modules: of qlm, with all that they import of it, directly or not, and the CPU kernels. files: others, by their paths in the checkout.
+        without: modules that are neither taken nor followed, for they change no figure.
+    """
+    found, left = {ROOT / file for file in files}, list(modules)
+    while left:
+        module = left.pop()
+        path = ROOT / module.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        # The package itself names everything that there is, for those who use it.
+        if module in ("qlm", *without) or not file.exists() or file in found:
+            continue
+        found.add(file)
+        left.append(module.rpartition(".")[0])
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlm":
+                left += [str(node.module), *(f"{node.module}.{name.name}" for name in node.names)]
+    found.update(path for path in (ROOT / "qlm" / "kernels" / "cpu").iterdir() if path.suffix in (".cpp", ".h"))
+    digest = hashlib.sha256()
+    for file in sorted(found):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return f"qlm {importlib.metadata.version('qlm')}, sources {digest.hexdigest()[:12]}"
+
+
+# Of fine-tuning, what plans, draws, shows and waits.
+WITHOUT_FIGURES = (
+    "qlm.plan", "qlm.training.plan", "qlm.training.report", "qlm.training.line_chart", "qlm.training.signals", "qlm.figure", "qlm.report",
+)  # fmt: skip
 
 
 def cpu_name() -> str:

@@ -6,7 +6,7 @@ The samples are those of make_tasks.py and the settings those of recipes/qlora/t
 all linears, the head in full. The trained adapter is then merged into the float weights and quantized to NF4 again, as `qlm merge` does, and
 that folder is what `merged` measures, with code of its own here. `untrained` is a new head on the base. Accuracy is over samples, over labelled
 words, or over questions of which both the start and the end are found (exact match); `commonest` is what always giving the commonest label gets.
-One line a run; the last line is JSON.
+One line a run; the last line is JSON. A run that --out has already, of the same sources and settings, is not run again.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from typing import Any
 
 try:
     from evals import make_tasks
-    from evals.shared import ROOT, use_checkout, versions
+    from evals.shared import ROOT, WITHOUT_FIGURES, change_json, sources_version, use_checkout, versions
 except ImportError:  # started as a file
     import make_tasks  # type: ignore[no-redef]
-    from shared import ROOT, use_checkout, versions  # type: ignore[no-redef]
+    from shared import ROOT, WITHOUT_FIGURES, change_json, sources_version, use_checkout, versions  # type: ignore[no-redef]
 
 use_checkout()
 
@@ -39,6 +39,12 @@ from qlm.training.data import NOT_LEARNED, collate, read_samples  # noqa: E402
 MODELS = ("tiny-gpt-neox", "tiny-opt", "tiny-gpt-bigcode")
 CHECKPOINTS = ROOT / "evals" / "checkpoints"
 BATCH = 8
+
+
+def version(task: str) -> str:
+    """Of what trains, merges, loads and judges, and of what the samples and the settings are made by."""
+    settings = ("evals/task_heads.py", "evals/make_tasks.py", f"recipes/qlora/tasks/{task}.yaml")
+    return sources_version(("qlm.finetune", "qlm.merge", "qlm.load"), settings, WITHOUT_FIGURES)
 
 
 def family_has(model: str, task: str) -> bool:
@@ -122,16 +128,35 @@ def measure(model: str, task: str, folder: Path, steps: int | None) -> dict[str,
     }  # fmt: skip
 
 
+def which(row: dict[str, Any]) -> tuple[str, str]:
+    return row["model"], row["task"]
+
+
+def keep(path: Path, row: dict[str, Any], samples: dict[str, int]) -> None:
+    """Put a row into the file, in the place of the same model's and task's."""
+
+    def change(report: Any) -> Any:
+        report = report or {"samples": {}, "runs": []}
+        runs = [*(other for other in report["runs"] if which(other) != which(row)), row]
+        return {"samples": {**report["samples"], **samples}, "runs": runs, "versions": versions()}
+
+    change_json(path, change)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--task", nargs="+", choices=tuple(make_tasks.TASKS), default=tuple(make_tasks.TASKS))
     parser.add_argument("--steps", type=int, help="of each run; the recipe's by default")
     parser.add_argument("--rows", type=int, help="only the first so many held-out samples")
-    parser.add_argument("--out", type=Path, help="also write the report to this file")
+    parser.add_argument("--out", type=Path, help="JSON file to add to")
+    parser.add_argument("--force", action="store_true", help="run what is there already")
     options = parser.parse_args()
     torch.manual_seed(0)
     found = []
+    there = (
+        json.loads(options.out.read_text("utf-8"))["runs"] if options.out is not None and options.out.exists() else []
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         samples = make_tasks.write(folder)
@@ -144,16 +169,23 @@ def main() -> None:
             for model in options.model:
                 if not family_has(model, task):
                     continue
-                row = measure(model, task, folder, options.steps)
+                asked = {
+                    "version": version(task),
+                    "asked": {"steps": options.steps, "held_out": samples[f"{task}-held-out.jsonl"]},
+                }
+                same = [row for row in there if which(row) == (model, task) and asked.items() <= row.items()]
+                if same and not options.force:
+                    found += same
+                    print(f"{task:24} {model:17} there already", flush=True)
+                    continue
+                row = {**measure(model, task, folder, options.steps), **asked}
                 found.append(row)
+                if options.out is not None:
+                    keep(options.out, row, samples)
                 shown = {key: row[key] for key in ("commonest", "untrained", "merged")}
                 cells = "  ".join(f"{key} {'-' if value is None else f'{value:.1%}'}" for key, value in shown.items())
                 print(f"{task:24} {model:17} {row['class']:36} {cells}  {row['seconds']:.0f} s", flush=True)
-    report = {"samples": samples, "runs": found, "versions": versions()}
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print(json.dumps(report))
+    print(json.dumps({"samples": samples, "runs": found, "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from qlm.arch import FAMILIES, HEADS, FamilySpec, Task
-from qlm.backends import BACKENDS
 from qlm.backends.gptq import GptqLinear
 from qlm.backends.int8 import Int8Linear
 from qlm.checkpoint.adapter import TASK_TYPES, Adapter, read_adapter
 from qlm.errors import UsageError
-from qlm.formats.nf4 import Nf4Format
 from qlm.kernels.ops import dequantize_gptq
 from qlm.load import block_paths
+from qlm.recipe import SVD_BITS
 
 if TYPE_CHECKING:
     from qlm.recipe import AdapterRecipe
@@ -101,7 +100,7 @@ def attach(
         model: from `qlm.load`, float, nf4, int8 or gptq; or one that has adapters already.
         adapter: the recipe's section. `initialization: standard`: A uniform in +-1/sqrt(I) from `seed` alone, B zero. `svd`: B A times
             the scaling alpha / r is the nearest matrix of rank r to W - Q, what quantizing took from the weight (LoftQ,
-            arXiv:2310.08659, with one step; W - Q unweighted); ranks that it does not need start as standard.
+            arXiv:2310.08659, with one step; W - Q unweighted), for GPTQ of 3 bits and less; ranks that it does not need start as standard.
         seed: the same seed gives the same bytes. torch's global random state is neither used nor changed.
         name: of the adapter, among several on one model.
         float_weight: for `svd`: the path of a linear in the model to the weight [O, I] that it was quantized from.
@@ -134,7 +133,11 @@ def attach(
         if adapter.initialization == "svd":
             assert float_weight is not None
             weight = float_weight(path).detach()
-            a, b = _repairing(weight, _dequantized(layer.base_layer), layer.scaling[name], a, b, path)
+            base_layer = layer.base_layer
+            quantized = dequantize_gptq(
+                base_layer.qweight, base_layer.qzeros, base_layer.scales, base_layer.g_idx, base_layer.bits, base_layer.v2
+            )  # fmt: skip
+            a, b = _repairing(weight, quantized, layer.scaling[name], a, b, path)
         _set_pair(layer, name, a, b)
     return made
 
@@ -314,25 +317,16 @@ def _check_svd(base: Any, chosen: Sequence[str], float_weight: Callable[[str], T
             raise UsageError(
                 f"adapter.initialization: svd repairs what quantizing took, and {path} is not quantized; use standard"
             )
-        if isinstance(linear, Int8Linear):
+        bits = linear.bits if isinstance(linear, GptqLinear) else 8 if isinstance(linear, Int8Linear) else 4
+        if bits > SVD_BITS:
             raise UsageError(
-                f"adapter.initialization: svd is for 4 bits and less, and {path} has 8, perhaps of a weight that was smoothed; "
-                "use standard"
+                f"adapter.initialization: svd is for {SVD_BITS} bits and less, and {path} has {bits}; use standard"
             )
     if float_weight is None:
         raise UsageError(
             "adapter.initialization: svd needs the float weights that the model was quantized from; give the float model, "
             "or use standard"
         )
-
-
-def _dequantized(linear: Any) -> Tensor:
-    """The weight of an nf4 or gptq linear: fp32 [O, I]."""
-    if isinstance(linear, GptqLinear):
-        return dequantize_gptq(linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.v2)
-    tensors = {name: tensor.as_subclass(Tensor) for name, tensor in linear.state_dict().items()}
-    how = Nf4Format("weight.nested_absmax" in tensors, "float32")
-    return BACKENDS["nf4"].dequantize(tensors, (linear.out_features, linear.in_features), how)
 
 
 def _repairing(

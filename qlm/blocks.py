@@ -252,12 +252,7 @@ class _Work:
         if self.targets is None:
             self.targets = self.stream.targets(self.float_block)
         floats = {inner: self.read(f"{self.path}.{inner}") for inner, p in self.block.named_parameters() if p.ndim == 1}
-        as_multiplied = {
-            self.inner(name): rounds
-            for name, settings in self.chosen.items()
-            if not settings.input_16bit and (rounds := BACKENDS[settings.backend].as_multiplied) is not None
-        }
-        return BlockLoss(self.block, self.stream, self.targets, floats, as_multiplied)
+        return BlockLoss(self.block, self.stream, self.targets, floats)
 
     def learn_rounding(self) -> None:
         """New codes of the linears that have been quantized and not been learned yet, by gradient.
@@ -325,9 +320,21 @@ def use_dequantized(
     settings: LinearSettings,
     dtype: torch.dtype,
 ) -> None:
-    """Let a float linear compute with the weight that its quantized tensors stand for."""
-    weight = block.get_submodule(linear).weight
+    """Let a float linear compute as the quantized one will: with the weight that its tensors stand for, and with its input rounded where
+    that is part of the format. Gradients pass straight through the rounding."""
+    module = block.get_submodule(linear)
+    weight = module.weight
     assert isinstance(weight, Tensor)
     dequantized = backend.dequantize(tensors, (weight.shape[0], weight.shape[1]), backend.format(settings, dtype))
     with torch.no_grad():
         weight.copy_(dequantized)
+    rounds = None if settings.input_16bit else backend.as_multiplied
+    if rounds is None:
+        return
+
+    def rounded(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0].detach()
+        found = rounds(x).to(x.dtype)
+        return (args[0] + (found - x) if args[0].requires_grad else found,)
+
+    module.register_forward_pre_hook(rounded)

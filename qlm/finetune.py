@@ -51,6 +51,7 @@ class FinetuneResult:
         steps: of the whole run. resumed: steps that earlier, interrupted runs had done; all of them if the output was there already.
         training: facts of the manifest: trainable parameters, tokens, precision, optimizer, losses.
         metrics: the records of metrics.jsonl.
+        float_base: name and revision of the float model that the base was quantized from in this run, if the adapter fits that as well.
     """
 
     output: Path
@@ -61,6 +62,7 @@ class FinetuneResult:
     resumed: int
     training: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
+    float_base: tuple[str, str | None] | None = None
 
     def summary(self, seconds: float) -> dict[str, str]:
         """What somebody wants to know first, in words; `training` and `metrics` have the rest. `seconds` are those of the call."""
@@ -86,10 +88,16 @@ class FinetuneResult:
 
     def next_commands(self) -> list[str]:
         """Commands that somebody may want next, as they are typed into a shell."""
-        base, output, merged = map(shlex.quote, (self.base, str(self.output), f"{self.output}-merged"))
-        revision = "" if self.revision is None else f" --revision {shlex.quote(self.revision)}"
-        generate = f'qlm generate {base}{revision} --adapter {output} --prompt "..."'
-        merge = f"qlm merge {base}{revision} {output} --into float --output {merged}"
+        output, merged = map(shlex.quote, (str(self.output), f"{self.output}-merged"))
+
+        def model(name: str, revision: str | None) -> str:
+            return shlex.quote(name) + ("" if revision is None else f" --revision {shlex.quote(revision)}")
+
+        apart = model(self.base, self.revision)
+        # Onto the weights that nothing was lost of, where they are known.
+        together = apart if self.float_base is None else model(*self.float_base)
+        generate = f'qlm generate {apart} --adapter {output} --prompt "..."'
+        merge = f"qlm merge {together} {output} --into float --output {merged}"
         return [generate, merge] if self.task == "causal-lm" else [merge]
 
 
@@ -137,7 +145,7 @@ def finetune(
     if not force and manifest.is_made(output, identity):
         if process.is_main:
             tidy(output)
-        return _result(output, base, job.steps)
+        return _result(recipe, output, base, job.steps)
     process.wait()
     with PartialFolder(output, identity, force) if process.is_main else nullcontext() as partial:
         if partial is not None:
@@ -156,7 +164,7 @@ def finetune(
             _write_manifest(partial, identity, job, training, files)
             partial.commit(partial.finished_names)
     process.wait()
-    return _result(output, base, resumed)
+    return _result(recipe, output, base, resumed)
 
 
 def _has_base(recipe: FinetuneRecipe) -> bool:
@@ -227,6 +235,7 @@ def _identity(
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu",
         "precision": job.precision,
+        **({"sharded": "FSDP2"} if process.sharded else {}),
         "optimizer": job.optimizer,
         "processes": str(process.count),
     }
@@ -280,12 +289,14 @@ def _write_manifest(
     partial.write_json(manifest.NAME, written)
 
 
-def _result(output: Path, base: str, resumed: int) -> FinetuneResult:
+def _result(recipe: FinetuneRecipe, output: Path, base: str, resumed: int) -> FinetuneResult:
     written = manifest.read(output)
-    recipe, training = written["recipe"], written["training"]
-    revision = recipe["revision"] if recipe["quantize"] is None else None
+    training, quantized = written["training"], recipe.quantize is not None
+    revision = None if quantized else recipe.revision
+    # Smoothed weights are others than the float ones.
+    floats = (recipe.model, recipe.revision) if quantized and not written["base"]["smoothed"] else None
     metrics = [json.loads(line) for line in (output / METRICS).read_text("utf-8").splitlines()]
-    return FinetuneResult(output, base, revision, recipe["task"], training["steps"], resumed, training, metrics)
+    return FinetuneResult(output, base, revision, recipe.task, training["steps"], resumed, training, metrics, floats)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

@@ -23,12 +23,12 @@ from qlm.adapters import apply_adapter, linear_shapes
 from qlm.arch import HEADS, Task
 from qlm.calibrate import Text, bos_rule, calibration_dtype, read_text, text_ids, window_length
 from qlm.checkpoint import manifest
-from qlm.checkpoint.adapter import Adapter, Delta, read_adapter, refuse_other_base
+from qlm.checkpoint.adapter import Adapter, Delta, float_folder, read_adapter, refuse_other_base
 from qlm.checkpoint.expected import published_name
 from qlm.checkpoint.files import PartialFolder, remove_tree, tidy
 from qlm.errors import DataError, QlmError, UsageError
 from qlm.evaluate import Evaluation, evaluate
-from qlm.load import Source, block_paths, load, load_tokenizer, open_source
+from qlm.load import Source, block_paths, check_device, load, load_tokenizer, open_source
 from qlm.memory import release_memory
 from qlm.quantize import INDEX, KEY_CONFIG_VALUES, TOKENIZER_FILES, Progress, QuantizeResult, quantize, shard_name
 from qlm.recipe import CalibrationRecipe, EvaluateRecipe, QuantizeRecipe, Recipe, quantize_section, resolved
@@ -44,7 +44,7 @@ class MergeResult:
     Attributes:
         output: the folder.
         into: "float", or the backend that the merged weights were quantized by.
-        onto: what the adapter was added to: "float weights", or "dequantized nf4 weights".
+        onto: what the adapter was added to: "float weights", or "dequantized nf4 weights"; with a hint where the float ones are there.
         base: how the adapter is known to belong to its base, or that this is not on record.
         linears: how many had an adapter.
         bytes: of all weights in the output.
@@ -95,6 +95,7 @@ def merge(
         QlmError: one line; nothing is half-written.
     """
     tell = progress or (lambda what, done, total: None)
+    check_device(device)
     job = _Job.open(
         base, adapter, into, output, quantize_settings, calibration, evaluate_on, revision, attn_implementation
     )
@@ -115,14 +116,17 @@ def merge(
             else:
                 quantized = _write_quantized(job, partial, identity, device, tell)
             partial.commit(partial.finished_names)
-    written = manifest.read(folder)
+    written, onto = manifest.read(folder), job.onto
+    floats = None if job.source.backend is None or not Path(base).is_dir() else float_folder(Path(base))
+    if floats is not None:
+        onto += f" of {base}; the float weights are in {floats}: give that folder as BASE to merge onto them"
     evaluation = None
     if evaluate_on is not None and text is not None:
         evaluation = _compare(job, folder, evaluate_on, text, device, tell)
     return MergeResult(
         output=folder,
         into=into,
-        onto=job.onto,
+        onto=onto,
         base=known,
         linears=len(job.deltas),
         bytes=sum(file["bytes"] for name, file in written["outputs"].items() if name.endswith(".safetensors")),
@@ -235,7 +239,7 @@ class _Job:
             }
         }  # fmt: skip
         inputs = {f"base: {name}": facts for name, facts in self.base_files.items()}
-        inputs |= {f"adapter: {name}": facts for name, facts in manifest.input_facts(self.adapter.files()).items()}
+        inputs |= {f"adapter: {name}": facts for name, facts in self.adapter.facts().items()}
         versions = {name: importlib.metadata.version(name) for name in ("qlm", "torch", "transformers", "tokenizers")}
         versions["machine"] = platform.machine()
         if self.section is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlm.arch import FamilySpec
 from qlm.arch.spec import Fold
+from qlm.numerics.affine import overflowing_row
 from qlm.numerics.smooth import COMPENSATED_SHARE, choose_smoothing
 
 # Tokens that scales and shifts are chosen on.
@@ -106,7 +107,7 @@ def fold_parameters(
             source's bias, are exact in it.
         weight_share: 1 where weights will be rounded to nearest, less where their errors will be compensated.
     Raises:
-        ValueError: an input or a weight is NaN or infinite; names the layer.
+        ValueError: an input or a weight is NaN, infinite or too large to be squared; names the layer.
     """
     changed: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -129,6 +130,13 @@ def fold_parameters(
             )
         except ValueError as error:
             raise ValueError(f"{', '.join(fold.linears)}: {error}") from None
+        for path, weight in weights.items():
+            # Here, because what they make of any text would be blamed on the inputs of the linear after them.
+            row = overflowing_row(weight)
+            if row is not None:
+                raise ValueError(
+                    f"{path}.weight, row {row}: too large to be squared in fp32; the checkpoint is damaged"
+                )
         if chosen.strength == 0 and not chosen.shifted:
             facts[fold.source] = {"strength": 0.0, "shift": False}
             continue

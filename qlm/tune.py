@@ -5,8 +5,7 @@ earlier blocks have lost is made up for as well. All of it stays inside one bloc
 activations of a few windows. Nothing is taken that is not better on the samples that were kept aside.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,22 +38,13 @@ class Tuned:
 class BlockLoss:
     """The loss of one block as a function of some of its parameters; the others are as they are in the block."""
 
-    def __init__(
-        self,
-        block: nn.Module,
-        stream: Stream,
-        targets: Tensor,
-        floats: Mapping[str, Tensor],
-        as_multiplied: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, block: nn.Module, stream: Stream, targets: Tensor, floats: Mapping[str, Tensor]) -> None:
         """
         Args:
             targets: the float block's outputs for all samples, shaped as `stream.hidden`, which the block reads.
             floats: norms and biases by their names in the block; its own are rounded to what it computes in.
-            as_multiplied: what linears, by their paths in the block, make of their input before they multiply it.
         """
         self.block, self.stream, self.targets = block, stream, targets
-        self.as_multiplied = as_multiplied or {}
         self.dtype = stream.hidden.dtype
         self.split = len(targets) - stream.held_out
         # Norms, softmax and sums in fp32; products in what the block computes in.
@@ -69,7 +59,7 @@ class BlockLoss:
         # As many as there are arguments for; the last may be there several times, and counts once.
         samples = self.stream.few
         padded = [*rows, *[rows[-1]] * (samples - len(rows))]
-        with torch.autocast(self.targets.device.type, self.dtype, enabled=self.dtype != torch.float32), self.rounding():
+        with torch.autocast(self.targets.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = functional_call(
                 self.block,
                 {**self.weights, **self.floats, **parameters},
@@ -79,21 +69,6 @@ class BlockLoss:
         first = self.stream.first
         difference = output[: len(rows), first:].float() - self.targets[list(rows), first:].float()
         return difference.square().mean()
-
-    @contextmanager
-    def rounding(self) -> Iterator[None]:
-        """Inside, linears round their inputs as they will when the model runs; gradients pass straight through."""
-        hooks = [
-            self.block.get_submodule(linear).register_forward_pre_hook(
-                lambda module, args, rounds=rounds: (args[0] + (rounds(args[0].detach()) - args[0].detach()),)
-            )
-            for linear, rounds in self.as_multiplied.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def next_rows(self) -> list[int]:
         """The samples of the next step: each sample once, in a drawn order, before any comes again."""

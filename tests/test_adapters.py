@@ -249,10 +249,10 @@ def dequantized(linear: Any) -> Tensor:
     if isinstance(linear, Int8Linear):
         return BACKENDS["int8"].dequantize(dict(linear.named_buffers()), shape, Int8Format())
     if isinstance(linear, GptqLinear):
-        # Codes and zero points word by word, 8 of 4 bits in each, the stored zero point one less than the real one.
-        shifts = torch.arange(0, 32, 4)
-        codes = (linear.qweight[:, None, :] >> shifts[None, :, None]).bitwise_and(15).flatten(0, 1)
-        zeros = (linear.qzeros[:, :, None] >> shifts).bitwise_and(15).flatten(1) + 1
+        # Codes and zero points word by word, 8 of 4 bits or 16 of 2 in each, the stored zero point one less than the real one.
+        shifts, mask = torch.arange(0, 32, linear.bits), (1 << linear.bits) - 1
+        codes = (linear.qweight[:, None, :] >> shifts[None, :, None]).bitwise_and(mask).flatten(0, 1)
+        zeros = (linear.qzeros[:, :, None] >> shifts).bitwise_and(mask).flatten(1) + 1
         group = linear.g_idx.long()
         return ((codes - zeros[group]) * linear.scales.float()[group]).T.contiguous()
     if type(linear) is nn.Linear:
@@ -319,7 +319,7 @@ def test_quantized_weights_take_no_product_in(kind: str, quantized: Quantized) -
 
 
 class TestSvd:
-    @pytest.mark.parametrize("kind", ["gptq-2", "nf4"])
+    @pytest.mark.parametrize("kind", ["gptq-2", "gptq-3"])
     @pytest.mark.parametrize("variant", FAMILIES)
     def test_is_the_nearest_of_its_rank(self, variant: str, kind: str, quantized: Quantized, folder_of: Folder) -> None:
         floats = qlm.load(folder_of(variant))
@@ -341,7 +341,7 @@ class TestSvd:
 
     def test_what_it_does_not_need_starts_as_standard(self, folder_of: Folder, quantized: Quantized) -> None:
         """Float weights of rank 3 more than the quantized ones: the other ranks learn all the same."""
-        model, standard = qlm.load(quantized("opt", "nf4")), with_adapter(quantized("opt", "nf4"), r=8)
+        model, standard = qlm.load(quantized("opt", "gptq-2")), with_adapter(quantized("opt", "gptq-2"), r=8)
         generator = torch.Generator().manual_seed(0)
 
         def weight(path: str) -> Tensor:
@@ -368,8 +368,11 @@ class TestSvd:
         ("kind", "given", "words"),
         [
             ("float", True, "is not quantized; use standard"),
-            ("int8", True, "svd is for 4 bits and less"),
-            ("nf4", False, "svd needs the float weights"),
+            ("int8", True, "svd is for 3 bits and less, and .*layers.0.* has 8; use standard"),
+            ("nf4", True, "svd is for 3 bits and less, and .*layers.0.* has 4; use standard"),
+            ("gptq", True, "svd is for 3 bits and less, and .*layers.0.* has 4; use standard"),
+            ("gptq-8", True, "svd is for 3 bits and less, and .*layers.0.* has 8; use standard"),
+            ("gptq-3", False, "svd needs the float weights"),
         ],
     )
     def test_refused(self, kind: str, given: bool, words: str, quantized: Quantized, folder_of: Folder) -> None:
@@ -379,7 +382,7 @@ class TestSvd:
             attach(model, spec_of(model), adapter_recipe(initialization="svd"), "causal-lm", 0, float_weight=weight)
 
     def test_of_another_model(self, quantized: Quantized) -> None:
-        model, other = qlm.load(quantized("opt", "nf4")), tiny_models.build("opt", seed=9)
+        model, other = qlm.load(quantized("opt", "gptq-3")), tiny_models.build("opt", seed=9)
         with pytest.raises(
             UsageError, match=r"q_proj differs from the float weight by .*, which is more than all of it"
         ):

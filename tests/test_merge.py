@@ -22,6 +22,7 @@ from qlm.checkpoint.files import PartialFolder
 from qlm.errors import CannotCreate, DataError, QlmError, UsageError
 from qlm.merge import merge
 from qlm.recipe import CalibrationRecipe, EvaluateRecipe
+from qlm.run import load_with_adapter
 from tests import tiny_models
 from tests.conftest import FAMILIES, change_json, files_of
 from tests.test_adapters import (  # noqa: F401  (fixtures)
@@ -304,6 +305,54 @@ class TestWhichBase:
         line = str(refused_merge(folder_of("opt"), trained, tmp_path))
         assert "give the folder that it was trained on" in line
         assert merge(quantized("opt", "int8"), trained, "int8", tmp_path / "out").onto == "dequantized int8 weights"
+
+    def test_says_where_the_float_weights_are(
+        self, folder_of: Folder, adapter_of: Folder, quantized: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:  # fmt: skip
+        """Beside the quantized base or in the current folder, by the name and the bytes that its manifest has on record."""
+        base = shutil.copytree(quantized("opt", "nf4"), tmp_path / "models" / "base")
+        floats, here = tmp_path / "models" / folder_of("opt").name, tmp_path / "here"
+        here.mkdir()
+        monkeypatch.chdir(here)
+
+        def onto() -> str:
+            return merge(base, adapter_of("opt"), "float", tmp_path / "out").onto
+
+        assert onto() == "dequantized nf4 weights"
+        shutil.copytree(folder_of("opt"), floats)
+        hint = f"of {base}; the float weights are in {floats}: give that folder as BASE to merge onto them"
+        assert onto() == f"dequantized nf4 weights {hint}"
+        assert manifest.read(tmp_path / "out")["recipe"]["merge"]["onto"] == "dequantized nf4 weights"
+        assert merge(floats, adapter_of("opt"), "float", tmp_path / "onto floats").onto == "float weights"
+        weights = bytearray((floats / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (floats / "model.safetensors").write_bytes(weights)
+        assert onto() == "dequantized nf4 weights"
+        shutil.copytree(folder_of("opt"), here / floats.name)
+        assert onto() == f"dequantized nf4 weights {hint.replace(str(floats), floats.name)}"
+
+    def test_a_changed_adapter(
+        self, folder_of: Folder, adapter: Callable[[str], Path], tmp_path: Path, text_file: Path
+    ) -> None:
+        """One bit of one weight: nothing but the hash on record tells. Without a record it is taken as it is."""
+        trained = on_record(adapter("opt"), folder_of("opt"))
+        data = bytearray((trained / WEIGHTS).read_bytes())
+        data[-1] ^= 1
+        (trained / WEIGHTS).write_bytes(data)
+        line = str(refused_merge(folder_of("opt"), trained, tmp_path))
+        assert line.startswith(f"{trained / WEIGHTS}: changed since it was written: its SHA-256 is ")
+        for use in (
+            lambda: qlm.Engine(folder_of("opt"), adapter=trained),
+            lambda: load_with_adapter(folder_of("opt"), trained),
+            lambda: apply_adapter(qlm.load(folder_of("opt")), trained),
+        ):
+            with pytest.raises(DataError) as error:
+                use()
+            assert str(error.value) == line
+        change_json(trained / CONFIG, lora_alpha=5)
+        assert f"{trained / CONFIG}: changed since" in str(refused_merge(folder_of("opt"), trained, tmp_path))
+        (trained / manifest.NAME).unlink()
+        assert "not on record" in merge(folder_of("opt"), trained, "float", tmp_path / "out").base
 
     def test_a_changed_manifest(self, folder_of: Folder, adapter: Callable[[str], Path], tmp_path: Path) -> None:
         trained = on_record(adapter("opt"), folder_of("opt"))

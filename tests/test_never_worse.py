@@ -1,7 +1,8 @@
 """Never worse than rounding to nearest: every backend, on the layers of trained models and on random ones, by what is stored.
 
 What is compared is tr((W - Q) H (W - Q)^T), H the damped Hessian of a layer's inputs, row by row, in float64. tests/numerics has the same
-of each algorithm by itself, and under worse Hessians than any text makes.
+of each algorithm by itself, and under worse Hessians than any text makes; test_never_worse_in_a_run.py has whole runs, whose linears come
+near to more than their own weight.
 """
 
 import functools

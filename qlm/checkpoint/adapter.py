@@ -2,7 +2,8 @@
 belongs to. No torch and no peft here: the CPU engine reads adapters too.
 
 A folder from elsewhere is taken at its word or refused: tensors are read with the checks of every checkpoint, fields of
-adapter_config.json that would change numbers in a way that is not done here are errors, and nothing that a config names is imported.
+adapter_config.json that would change numbers in a way that is not done here are errors, and nothing that a config names is imported. A
+folder with a manifest must hold the bytes that this names: a flipped bit in a weight shows nowhere else.
 """
 
 import math
@@ -16,10 +17,10 @@ import numpy as np
 
 from qlm.arch import HEADS, Task
 from qlm.checkpoint import manifest, strict_json
-from qlm.checkpoint.folder import ModelFolder, read_into
+from qlm.checkpoint.folder import ModelFolder, is_plain_name, read_into
 from qlm.checkpoint.reader import Checkpoint, read_header
 from qlm.checkpoint.safetensors_header import TensorInfo
-from qlm.errors import DataError, MissingInput
+from qlm.errors import DataError, MissingInput, QlmError
 from qlm.formats.dtypes import FLOATS, NUMPY_DTYPES, to_float32
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -98,12 +99,14 @@ class Adapter:
         config: fields of adapter_config.json that have an effect, defaults filled in.
         tensors: float32, by PEFT's names.
         task: of the head, by `task_type` or the head that is there.
+        on_record: {name: {"bytes", "sha256"}} of the two files, compared with the folder's manifest; None where it has none.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
     task: Task
+    on_record: dict[str, dict[str, Any]] | None = None
 
     def deltas(self) -> dict[str, Delta]:
         """Path of each adapted linear, in the base model as transformers has it in memory, to what the adapter adds."""
@@ -125,9 +128,10 @@ class Adapter:
             return []
         return [str(name) for name in manifest.read(self.folder).get("training", {}).get("labels") or ()]
 
-    def files(self) -> list[Path]:
-        """Those that decide what it adds."""
-        return [self.folder / CONFIG, self.folder / WEIGHTS]
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """{name: {"bytes", "sha256"}} of the files that decide what it adds."""
+        files = [self.folder / CONFIG, self.folder / WEIGHTS]
+        return manifest.input_facts(files) if self.on_record is None else self.on_record
 
     def _scaling(self, path: str, r: int) -> float:
         alpha = _by_pattern(self.config["alpha_pattern"], path, self.config["lora_alpha"])
@@ -190,7 +194,8 @@ def read_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         MissingInput: no such folder, or a file is not there.
-        DataError: a file is damaged, a value is NaN or infinite, or a field asks for what is not done here.
+        DataError: a file is damaged or is not the one that the folder's manifest names, a value is NaN or infinite, or a field asks for
+            what is not done here.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -206,6 +211,7 @@ def read_adapter(folder: str | Path) -> Adapter:
                 else ""
             )
             raise MissingInput(f"{opened.folder}: has no {name}; expected an adapter's folder{pickled}")
+    on_record = _as_on_record(opened)
     source = str(opened.folder / CONFIG)
     raw = strict_json.load_object(opened.read(CONFIG, _MAX_CONFIG_BYTES), source, _MAX_CONFIG_BYTES)
     config = _read_config(raw, source)
@@ -222,7 +228,23 @@ def read_adapter(folder: str | Path) -> Adapter:
                 f"{opened.folder / WEIGHTS}: holds a {min(held)}, and task_type of {CONFIG} is {raw['task_type']}"
             )
         task = named
-    return Adapter(opened.folder, config, tensors, task)
+    return Adapter(opened.folder, config, tensors, task, on_record)
+
+
+def _as_on_record(folder: ModelFolder) -> dict[str, dict[str, Any]] | None:
+    """{name: {"bytes", "sha256"}} of the two files, which are those that the folder's manifest names; None where it has no manifest."""
+    if folder.path(manifest.NAME) is None:
+        return None
+    outputs = manifest.read(folder.folder)["outputs"]
+    found = manifest.input_facts([folder.folder / CONFIG, folder.folder / WEIGHTS])
+    for name, facts in found.items():
+        if facts != outputs.get(name):
+            recorded = f"{outputs[name]['sha256'][:12]}…" if name in outputs else "nothing of it"
+            raise DataError(
+                f"{folder.folder / name}: changed since it was written: its SHA-256 is {facts['sha256'][:12]}…, {manifest.NAME} says "
+                f"{recorded}; get it anew, or remove {manifest.NAME} if the change is meant"
+            )
+    return found
 
 
 def _read_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -367,10 +389,41 @@ def base_facts(
         "files": manifest.input_facts(checkpoint.files()) if files is None else dict(files), "float_files": {}, "smoothed": False,
     }  # fmt: skip
     if checkpoint.quantize_config is not None and checkpoint.path(manifest.NAME) is not None:
-        written = manifest.read(checkpoint.folder)
-        facts["float_files"] = {name: file for name, file in written["inputs"].items() if ": " not in name}
-        facts["smoothed"] = any("smoothing" in block for block in written.get("blocks", {}).values())
+        facts["float_files"], facts["smoothed"] = _made_from(manifest.read(checkpoint.folder))
     return facts
+
+
+def _made_from(written: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Of a quantized folder's manifest: facts of the float files that it was made from, {} where they are not on record; and whether scales
+    were moved into its weights."""
+    floats = {name: file for name, file in written["inputs"].items() if ": " not in name}
+    return floats, any("smoothing" in block for block in written.get("blocks", {}).values())
+
+
+def float_folder(quantized: Path) -> Path | None:
+    """The folder of the float checkpoint that a quantized one was made from, if it has that one's name, lies beside it or in the current
+    folder, and holds the bytes that the quantized one's manifest names; None too where its weights are others because of smoothing.
+
+    Args:
+        quantized: a folder that qlm wrote, or another, of which nothing is known.
+    """
+    if not (quantized / manifest.NAME).is_file():
+        return None
+    written = manifest.read(quantized)
+    (floats, smoothed), name = _made_from(written), written["recipe"].get("model")
+    if smoothed or not floats or not isinstance(name, str) or not is_plain_name(name):
+        return None
+    for folder in (quantized.parent / name, Path(name)):
+        if (folder / "config.json").is_file():
+            try:
+                files = Checkpoint.open(folder).files()
+            except QlmError:
+                continue
+            # Sizes first: most others differ in them, and bytes take time.
+            sizes = all(floats.get(file.name, {}).get("bytes") == file.stat().st_size for file in files)
+            if sizes and _first_difference(floats, manifest.input_facts(files)) is None:
+                return folder
+    return None
 
 
 def files_on_record(base: str | Path, revision: str | None = None) -> Mapping[str, Mapping[str, Any]]:

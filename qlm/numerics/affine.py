@@ -46,6 +46,12 @@ def round_to_fp16(scale: Tensor) -> Tensor:
     return torch.where(rounded == 0, torch.copysign(torch.full_like(scale, SMALLEST_FP16), scale), rounded)
 
 
+def overflowing_row(weight: Tensor) -> int | None:
+    """The first row of a weight [O, I], fp32, that is too large to be squared; None as a rule."""
+    rows = weight.square().sum(1).isfinite().logical_not().nonzero()
+    return int(rows[0]) if len(rows) else None
+
+
 def minmax_grid(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The grid that spans a group's largest values.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlm.numerics.affine import quantize_weight_per_channel_absmax
+from qlm.numerics.affine import RowError, quantize_weight_per_channel_absmax
 from qlm.numerics.gptq import Factor, column_order, factorize
 
 LARGEST_CODE = 127
@@ -51,7 +51,7 @@ def quantize_int8_under(
         compensate: GPTQ (gptq.py) over the grid instead of rounding to nearest.
         sweeps: passes of coordinate descent over the codes, each after a re-fit of the scales.
     Raises:
-        ValueError: a weight is NaN or infinite, or shapes do not belong together.
+        ValueError: a weight is NaN, infinite or too large for fp32, or shapes do not belong together.
         SingularHessian: the Hessian cannot be factorized, whatever the damping.
     """
     if weight.ndim != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
@@ -61,6 +61,11 @@ def quantize_int8_under(
     codes, scale = quantize_weight_per_channel_absmax(weight)
     W, hessian = weight.float(), hessian.float()
     plain_error = row_errors(W, codes, scale, hessian)
+    if not bool(plain_error.isfinite().all()):
+        raise RowError(
+            "the error of its rounding is NaN or infinite: the weights or the Hessian are too large for fp32",
+            int(plain_error.isfinite().logical_not().nonzero()[0]),
+        )
     if not (search or compensate or sweeps):
         return Int8Result(codes, scale, plain_error.sum().sqrt().item(), 0.0, len(codes))
     factor = None

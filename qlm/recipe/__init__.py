@@ -1,8 +1,9 @@
 """What a recipe may say, and the loaders that read one. Nothing here opens a file except the loaders, which open the recipe alone."""
 
-from qlm.recipe.backend_keys import PRESETS, Backend, Quality
+from qlm.recipe.backend_keys import PRESETS, READERS, Backend, Quality, Reader
 from qlm.recipe.finetune import (
     BASES,
+    SVD_BITS,
     AdapterRecipe,
     FinetuneRecipe,
     FinetuneTask,
@@ -64,7 +65,9 @@ __all__ = [
     "MOST_BYTES",
     "NF4_BLOCK",
     "PRESETS",
+    "READERS",
     "SIZE_UNITS",
+    "SVD_BITS",
     "AdapterRecipe",
     "Attention",
     "Backend",
@@ -89,6 +92,7 @@ __all__ = [
     "Qtype",
     "Quality",
     "QuantizeRecipe",
+    "Reader",
     "Recipe",
     "ScaleSearch",
     "Schedule",

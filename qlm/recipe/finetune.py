@@ -44,6 +44,9 @@ _NO_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst"
 # Bases that adapters attach to. quanto's is there for comparison alone.
 BASES = ("nf4", "gptq", "int8")
 _MAX_RANK = 4096
+# The most bits at which `initialization: svd` may start an adapter, and the bases that it may start one on.
+SVD_BITS = 3
+SVD_BASES = "quantize: {backend: gptq, bits: 3 or 2, quality: fast}"
 _LABELLED = ("sequence-classification", "token-classification")
 
 
@@ -65,7 +68,7 @@ class AdapterRecipe(Section):
     initialization: Initialization = Field(
         "standard",
         description="`standard`: B is zero, so that training starts from the base as it is. `svd`: A and B start as the best rank-r "
-        "repair of what quantizing lost; for 3 bits and less, and it needs the float model.",
+        "repair of what quantizing lost; for 3 bits and less: beside `quantize: {backend: gptq, bits: 3, quality: fast}`, or `bits: 2`.",
     )
 
     @model_validator(mode="before")
@@ -76,6 +79,28 @@ class AdapterRecipe(Section):
             if type(r) is int and 1 <= r <= _MAX_RANK:
                 return {**data, "alpha": 2 * r}
         return data
+
+
+def _check_svd(quantize: QuantizeRecipe | None) -> None:
+    """Refuse the repairing start where there is nothing for it to repair, or no float weight to repair it by. Linears that stay in more bits
+    than the others are known when the model is (training/plan.py)."""
+    key, allowed = ("adapter", "initialization"), f"allowed: {SVD_BASES}, or standard"
+    if quantize is None:
+        raise refused(key, f"found svd without quantize: it repairs what quantizing `model` here takes; {allowed}")
+    if quantize.budget_key is not None:
+        raise refused(
+            key, f"found svd beside quantize.{quantize.budget_key}, which also chooses 4 and 8 bits; {allowed}"
+        )
+    if quantize.bits > SVD_BITS:
+        raise refused(
+            key, f"found svd with {quantize.bits} bits ({quantize.backend}), where it gains nothing; {allowed}"
+        )
+    if quantize.target_shift != 0:
+        # W - Q then holds what was done on purpose, and repairing that loses (evals/LOG.md).
+        raise refused(
+            key, f"found svd with target_shift {quantize.target_shift}, which aims at other weights than the float ones; allowed: "
+            "'quality: fast' or 'target_shift: 0.0' in quantize, or standard"
+        )  # fmt: skip
 
 
 def _validation_kind(value: object) -> str:
@@ -153,7 +178,7 @@ class TrainRecipe(DataSource):
     )
     optimizer: Optimizer = Field(
         "auto",
-        description="`auto`: paged 8-bit AdamW (bitsandbytes) on CUDA, torch's AdamW elsewhere. The 8-bit ones need CUDA.",
+        description="`auto`: paged 8-bit AdamW (bitsandbytes) on CUDA, torch's AdamW elsewhere and under FSDP. The 8-bit ones need CUDA.",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Of the adapter's start, dropout, and the order of the data.")
     save_every: int = Field(50, ge=1, le=10_000_000, description="Steps between checkpoints.")
@@ -240,31 +265,27 @@ class FinetuneRecipe(Section):
         if self.quantize is not None:
             if self.quantize.backend not in BASES:
                 raise refused(
-                    "quantize", f"found backend {self.quantize.backend}, on which nothing is trained; allowed: nf4, gptq or int8"
+                    ("quantize", "backend"), f"found {self.quantize.backend}, on which nothing is trained; allowed: nf4, gptq or int8"
                 )  # fmt: skip
             check_calibration(self.quantize, self.calibration, self.task)
-            if self.adapter.initialization == "svd" and self.quantize.target_shift != 0:
-                # W - Q then holds what was done on purpose, and repairing that loses (evals/LOG.md).
-                raise refused(
-                    "adapter", f"found initialization svd with target_shift {self.quantize.target_shift}, which aims at other weights than the "
-                    "float ones; allowed: 'quality: fast' or 'target_shift: 0.0' in quantize, or initialization standard"
-                )  # fmt: skip
         elif self.calibration is not None:
             raise refused("calibration", "found without quantize, which alone looks at it; remove one of the two")
+        if self.adapter.initialization == "svd":
+            _check_svd(self.quantize)
         train = self.train
         if self.task != "causal-lm":
             if train.packing:
                 raise refused(
-                    "train", f"found packing with task {self.task}, where a row holds one sample; remove packing"
+                    ("train", "packing"), f"found true with task {self.task}, where a row holds one sample; remove it"
                 )
             for key, value in (("data", train.data), ("validation", train.validation)):
                 if isinstance(value, str) and not value.endswith(".jsonl"):
                     raise refused(
-                        "train", f"found {key} {in_words(value, '')} with task {self.task}; allowed: a .jsonl file or a dataset on the hub, "
+                        ("train", key), f"found {in_words(value, '')} with task {self.task}; allowed: a .jsonl file or a dataset on the hub, "
                         "with a label in each sample"
                     )  # fmt: skip
         if train.labels is not None and self.task not in _LABELLED:
-            raise refused("train", f"found labels with task {self.task}, which has none; remove them")
+            raise refused(("train", "labels"), f"found with task {self.task}, which has none; remove them")
         inputs = {"model": self.model, "train.data": train.data, "train.validation": train.validation}
         if self.calibration is not None:
             inputs["calibration.data"] = self.calibration.data

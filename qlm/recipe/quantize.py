@@ -32,7 +32,7 @@ from pydantic import (
 
 from qlm.arch.spec import Task
 from qlm.errors import QlmError, UsageError
-from qlm.recipe.backend_keys import BITS, PRESETS, QTYPE_BITS, TAKES, Backend, Quality
+from qlm.recipe.backend_keys import BITS, PRESETS, QTYPE_BITS, READERS, TAKES, Backend, Quality, Reader
 from qlm.recipe.reading import read_recipe
 from qlm.recipe.words import FILE, HUB, Words, listed, refused
 from qlm.strict_yaml import Document, at, in_words, read_yaml
@@ -54,6 +54,8 @@ SIZE_UNITS = {
     "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
 }  # fmt: skip
 MOST_BYTES = 10**15
+# OPT's linears that vLLM makes one of, in each block; OPT-175B has 96.
+_FUSED = tuple(tuple(f"model.decoder.layers.{block}.self_attn.{part}_proj" for part in "qkv") for block in range(96))
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -281,6 +283,11 @@ class QuantizeRecipe(Section):
         max_length=1000,
         description="Changes by glob of the module path. All that match apply, from top to bottom; the later wins.",
     )
+    reader: Reader = Field(
+        "gptqmodel",
+        description="Software that must be able to load the result, beside qlm: what it cannot is refused. `gptqmodel`: nothing. `vllm`: 2 and 3 "
+        "bits, zero points, and OPT's q, k and v with different settings. `transformers`: settings of single linears.",
+    )
 
     @model_validator(mode="after")
     def _fits_backend(self) -> "QuantizeRecipe":
@@ -313,6 +320,29 @@ class QuantizeRecipe(Section):
                 raise refused(
                     "overrides", f"found {in_words(glob, '')} here and in skip, which wins; remove one of the two"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> "QuantizeRecipe":
+        reads, found = READERS[self.reader], f"with reader {self.reader}"
+        other = "or choose another reader"
+        if not reads.by_layer:
+            for key in ("average_bits", "target_size", "skip", "overrides"):
+                if getattr(self, key):
+                    raise refused(key, f"found {found}, which ignores settings of single linears; remove it, {other}")
+        if reads.largest_damp is not None and self.damp >= reads.largest_damp:
+            raise refused("damp", f"found {self.damp:g} {found}; allowed: less than {reads.largest_damp:g}, {other}")
+        places: dict[tuple[str, ...], QuantizeRecipe | OverrideRecipe] = {(): self}
+        for place, section in (places | {("overrides", glob): how for glob, how in self.overrides.items()}).items():
+            if section.bits not in (None, *reads.bits):
+                allowed = listed(reads.bits, "or")
+                raise refused((*place, "bits"), f"found {section.bits} {found}; allowed: {allowed}, {other}")
+            if section.symmetric is False and not reads.asymmetric:
+                raise refused((*place, "symmetric"), f"found false {found}; allowed: true, {other}")
+        for parts in _FUSED if reads.fused and (self.skip or self.overrides) else ():
+            if len({settings_for(self, part) for part in parts}) > 1:
+                unlike = f"found different settings for {listed(parts, 'and')} {found}, which makes one linear of them"
+                raise refused("overrides" if self.overrides else "skip", f"{unlike}; name all three, {other}")
         return self
 
     @property
@@ -452,7 +482,7 @@ def check_calibration(quantize: QuantizeRecipe, calibration: CalibrationRecipe |
     backend = quantize.backend
     if quantize.needs_calibration and calibration is None:
         way_out = "" if backend == "gptq" else "; 'quality: fast' alone looks at no text"
-        raise refused("calibration", f"missing; backend {backend} needs a section with data{way_out}")
+        raise refused("calibration", f"missing; backend {backend} needs a section with data{way_out}", "quantize")
     if not quantize.needs_calibration and calibration is not None:
         as_it_is = f" with quality {quantize.quality}" if backend in ("int8", "nf4") else ""
         raise refused("calibration", f"found with backend {backend}, which looks at no text{as_it_is}; remove it")

@@ -25,9 +25,14 @@ _YAML_1_1_BOOL = {"yes": "true", "on": "true", "y": "true", "no": "false", "off"
 Root = TypeVar("Root", bound=BaseModel)
 
 
-def refused(key: str | None, message: str) -> PydanticCustomError:
-    """An error about `key` of the section that is being validated; `message` is "found; allowed"."""
-    return PydanticCustomError("qlm", "{message}", {"key": key, "message": message})
+def refused(key: str | KeyPath | None, message: str, instead: str | None = None) -> PydanticCustomError:
+    """An error about `key` of the section that is being validated, or the path of one inside it; `message` is "found; allowed".
+
+    Args:
+        instead: key of the section that stands in the text where `key`, which is missing, does not.
+    """
+    path = () if key is None else (key,) if isinstance(key, str) else tuple(key)
+    return PydanticCustomError("qlm", "{message}", {"key": path, "message": message, "instead": instead})
 
 
 def listed(options: Iterable[object], word: str) -> str:
@@ -138,9 +143,11 @@ class Words(Generic[Root]):
             path, value, is_key = _place(detail, document, prefix)
             context = detail.get("ctx", {})
             is_missing = detail["type"] == "missing"
+            instead: KeyPath | None = None
             if detail["type"] == "qlm":
-                if context["key"] is not None:
-                    path, is_key = (*path, context["key"]), True
+                instead = None if context["instead"] is None else (*path, context["instead"])
+                if context["key"]:
+                    path, is_key = (*path, *context["key"]), True
                 message = context["message"]
             elif detail["type"] in ("extra_forbidden", "invalid_key"):
                 is_key = True
@@ -157,6 +164,7 @@ class Words(Generic[Root]):
             else:
                 message = self._wrong_value(path, value, document.numbers.get(path))
             mark = document.keys.get(path) if is_key else None
+            mark = mark or (None if instead is None else document.keys.get(instead))
             # What is missing has no place of its own; the section that lacks it has.
             for length in range(len(path), -1, -1):
                 mark = mark or document.values.get(path[:length])
@@ -195,6 +203,10 @@ class Words(Generic[Root]):
                 close = value.replace("_", "")
             if close:
                 message += f"; did you mean {close}, without quotes?" if close == value else f"; did you mean {close}?"
+            return message
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and {"integer", "number"}.intersection(kinds):
+            # It was meant as a number, and is too small or too large.
             return message
         if "string" in kinds and not options and isinstance(value, int | float | None):
             return f"{message}; put it in quotes if it is meant as text"

@@ -6,7 +6,7 @@ linear, which LoRA's A multiplies in float32, and its output.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from qlm.adapters import choose_targets, linear_shapes
 from qlm.backends import BACKENDS
 from qlm.blocks import choose_settings
-from qlm.errors import Unavailable
+from qlm.errors import Unavailable, UsageError
 from qlm.load import block_paths, open_source
 from qlm.plan import (
     PROCESS_BYTES,
@@ -28,7 +28,7 @@ from qlm.plan import (
     refuse_small_disk,
     stored_bytes,
 )
-from qlm.recipe import FinetuneRecipe
+from qlm.recipe import SVD_BITS, FinetuneRecipe, LinearSettings
 from qlm.training.data import shortened
 from qlm.training.job import Job, Process, base_quantizing_recipe
 from qlm.training.language_loss import logits_bytes
@@ -95,6 +95,8 @@ def plan_job(recipe: FinetuneRecipe, job: Job, process: Process) -> TrainingPlan
     spec, train = job.source.spec, recipe.train
     model, base = _base_bytes(recipe, job)
     targets = choose_targets(list(linear_shapes(model, spec)), spec, recipe.adapter.targets)
+    if recipe.adapter.initialization == "svd" and recipe.quantize is not None:
+        refuse_many_bits(targets, choose_settings(model, spec, recipe.quantize))
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
     trainable = sum(recipe.adapter.r * sum(shape) for shape in shapes.values())
     adapter = trainable * (ADAM_BYTES if job.optimizer == "adamw" else ADAM_8BIT_BYTES)
@@ -107,7 +109,8 @@ def plan_job(recipe: FinetuneRecipe, job: Job, process: Process) -> TrainingPlan
     quantizing = base_quantizing_recipe(recipe)
     if quantizing is not None and not Path(recipe.base_output).exists():
         needs = plan(quantizing, str(process.device))
-        memory, disk, seconds = max(memory, needs.quantize_memory), disk + needs.disk, needs.quantize_seconds
+        of_base = needs.quantize_memory if on_cpu else needs.gpu_quantize_memory
+        memory, disk, seconds = max(memory, of_base), disk + needs.disk, needs.quantize_seconds
     per_step = tokens * train.gradient_accumulation * process.count
     lost = shortened(job.facts, job.max_length)
     return TrainingPlan(
@@ -135,6 +138,21 @@ def refuse_if_too_large(recipe: FinetuneRecipe, needs: TrainingPlan) -> None:
             "available; use a smaller train.batch_size with more gradient_accumulation, a smaller max_length, gradient_checkpointing: "
             "true, or quantize: {backend: nf4}"
         )
+
+
+def refuse_many_bits(targets: Sequence[str], chosen: Mapping[str, LinearSettings]) -> None:
+    """For `initialization: svd`, before the base is made: refuse linears that `skip` or `overrides` leave in floats or in more bits.
+
+    Args:
+        targets: paths of the linears that get an adapter. chosen: of those that are quantized, with what is done to them.
+    """
+    for path in targets:
+        if path not in chosen or chosen[path].bits > SVD_BITS:
+            found = f"has {chosen[path].bits} bits" if path in chosen else "stays in floats"
+            raise UsageError(
+                f"adapter.initialization: svd is for {SVD_BITS} bits and less, and {path} {found}; leave it out of adapter.targets, or use "
+                "standard"
+            )
 
 
 def _base_bytes(recipe: FinetuneRecipe, job: Job) -> tuple[Any, int]:

@@ -58,15 +58,30 @@ def where_from(
     Args:
         trained: parameters that are looked at first. batches: of the step. forward: sends one of them through the model.
     """
-    tensors = [*trained.items(), *model.named_parameters(), *model.named_buffers()]
+    packed, scales = _four_bits(model)
+    tensors = [*trained.items(), *model.named_parameters(), *model.named_buffers(), *scales]
     # Masks may hold infinities on purpose.
-    faulty = not_finite((name, tensor) for name, tensor in tensors if "mask" not in name)
+    faulty = not_finite((name, tensor) for name, tensor in tensors if "mask" not in name and name not in packed)
     if faulty is not None:
         return faulty
     for batch in batches:
         if (module := _first_module(model, batch, forward)) is not None:
             return f"output of {module}"
     return None
+
+
+def _four_bits(model: nn.Module) -> tuple[set[str], list[tuple[str, Tensor]]]:
+    """Of bitsandbytes' linears: names of the parameters with packed codes, which mean nothing where they are held as floats; and their
+    scales by their names in files, which are neither parameters nor buffers."""
+    packed, scales = set(), []
+    for name, module in model.named_modules():
+        state: Any = getattr(module, "quant_state", None)
+        if state is not None:
+            packed.add(f"{name}.weight")
+            scales.append((f"{name}.weight.absmax", state.absmax))
+            if state.nested:
+                scales.append((f"{name}.weight.nested_absmax", state.state2.absmax))
+    return packed, scales
 
 
 def _first_module(

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from evals import shared
+from tests.conftest import change_json
 from tests.evals.test_drivers import last_line, run
 
 PARAMETERS_PER_RANK = 2 * (4 * (128 + 128) + 2 * (128 + 256))  # two blocks: q, k, v, out_proj; fc1, fc2
@@ -28,6 +30,43 @@ def test_finetune_speed(tmp_path: Path) -> None:
         assert sorted(found["steps"][1:])[0] <= report[side]["step_seconds"] <= sorted(found["steps"][1:])[1]
     # The same checkpoint and text; rows come in another order, and the adapter starts at nothing.
     assert runs["qlm"]["losses"][0] == pytest.approx(runs["peer"]["losses"][0], abs=0.5)
+
+
+def test_finetune_kill(tmp_path: Path, folder_of: Any) -> None:
+    """One kill, which falls into the making of the base, and what is kept of it."""
+    out = tmp_path / "kill.json"
+    report = last_line(run("finetune_kill", "--runs", "1", "--steps", "2", "--model", folder_of("opt"), "--out", out))
+    assert json.loads(out.read_text()) == report
+    (kill,) = report["moments"]
+    assert (report["kills"], report["identical"], kill["different"]) == (1, 1, [])
+    assert 0 <= kill["seconds"] <= report["usual_base_seconds"] + 0.01 < report["usual_seconds"]
+    # Five files of the adapter, and more than the manifest and the config of the base.
+    assert report["files"] > 7
+    assert report["version"].startswith("qlm ")
+
+
+def test_versions_follow_imports_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {
+        "qlm/__init__.py": "from qlm.everything import x\n",
+        "qlm/a.py": "from qlm import b\n\ndef later():\n    from qlm.c.d import y\n",
+        "qlm/b.py": "", "qlm/c/__init__.py": "", "qlm/c/d.py": "", "qlm/everything.py": "", "qlm/kernels/cpu/k.cpp": "",
+        "recipe.yaml": "",
+    }  # fmt: skip
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(shared, "ROOT", tmp_path)
+
+    def version() -> str:
+        shared.sources_version.cache_clear()
+        return shared.sources_version(("qlm.a",), ("recipe.yaml",), ("qlm.b",))
+
+    before, matter = version(), []
+    for name in sources:
+        (tmp_path / name).write_text(sources[name] + "# changed\n")
+        matter += [name] * (version() != before)
+        (tmp_path / name).write_text(sources[name])
+    assert matter == ["qlm/a.py", "qlm/c/__init__.py", "qlm/c/d.py", "qlm/kernels/cpu/k.cpp", "recipe.yaml"]
 
 
 def test_finetune_quality(tmp_path: Path, folder_of: Any) -> None:
@@ -59,6 +98,13 @@ def test_finetune_quality(tmp_path: Path, folder_of: Any) -> None:
     again = run("finetune_quality", *command)
     assert "opt: there already" in again.stdout
     assert last_line(again) == summary
+    # Of other sources it is not: it is run again, and fails at what lies where it would write.
+    change_json(out, rows=[{**row, "version": "qlm 0, sources 000000000000"}])
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / f"opt-{row['protocol']}").write_text("in the way")
+    other = run("finetune_quality", *command, "--work", tmp_path / "work")
+    assert (other.returncode, json.loads(other.stdout.splitlines()[-1])["failed"] != []) == (1, True)
+    change_json(out, rows=[row])
     table = run("finetune_quality", "--out", out, "--table").stdout
     assert "| NF4 + LoRA over float + LoRA | " in table
     assert table.strip() in again.stdout

@@ -194,6 +194,7 @@ def test_accuracy(task_heads: ModuleType) -> None:
 def test_which_family_has_which_task(task_heads: ModuleType) -> None:
     has = {(model, task) for model in task_heads.MODELS for task in TASKS if task_heads.family_has(model, task)}
     assert len(has) == 7
+    assert ("tiny-gpt-bigcode", "token-classification") in has
     assert ("tiny-opt", "token-classification") not in has
     assert ("tiny-gpt-bigcode", "question-answering") not in has
 
@@ -233,3 +234,8 @@ def test_the_driver_runs(tmp_path: Path) -> None:
     assert row["validation_after"]["validation_loss"] < row["validation_before"]["validation_loss"]
     assert row["merged"] > row["commonest"]
     assert not list(tmp_path.rglob("*.jsonl"))
+    again = subprocess.run(
+        [*command, "--steps", "8", "--rows", "40", "--out", str(out)], capture_output=True, text=True, timeout=600, env=environment
+    )  # fmt: skip
+    assert "there already" in again.stdout
+    assert json.loads(again.stdout.splitlines()[-1])["runs"] == [row]

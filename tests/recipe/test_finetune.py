@@ -52,6 +52,12 @@ def adapter(section: str) -> str:
     return PLAIN.replace("train:", f"adapter: {section}\ntrain:")
 
 
+def repairing(quantize: str, calibration: str = "calibration: {data: c.txt}\n") -> str:
+    """The recipe with `initialization: svd`, at 2:11, on a base of these keys."""
+    section = f"quantize: {{backend: {quantize}}}\n{calibration}train:"
+    return adapter("{initialization: svd}").replace("train:", section)
+
+
 def read(text: str) -> FinetuneRecipe:
     return parse_finetune_recipe(text, "r.yaml")
 
@@ -192,7 +198,8 @@ def test_heads_never_pack(task):
         train("validation: 0.1"),
         PLAIN.replace("t.txt", "t.jsonl\n  column: code\n  packing: true\n  steps: 3"),
         HEAD.replace("t.jsonl", "t.jsonl\n  labels: [a, b]\n  validation: v.jsonl"),
-        adapter("{r: 4, targets: [q_proj, '*.fc2'], initialization: svd}"),
+        adapter("{r: 4, targets: [q_proj, '*.fc2']}"),
+        repairing("gptq, bits: 3, quality: fast"),
         PLAIN.replace("train:", "quantize: {backend: gptq, bits: 2}\ncalibration: {data: c.txt}\ntrain:"),
         *(path.read_text() for path in RECIPES),
     ],
@@ -224,6 +231,7 @@ def test_recipes_are_frozen():
 # --- refused: the exact line ------------------------------------------------------------------------------------------
 
 KEYS = ", ".join(FinetuneRecipe.model_fields)
+SVD_ALLOWED = "allowed: quantize: {backend: gptq, bits: 3 or 2, quality: fast}, or standard"
 REFUSED = {
     "both-lengths": (
         train("steps: 3\n  epochs: 2"),
@@ -257,7 +265,7 @@ REFUSED = {
     "key-of-the-other-kind": (PLAIN + "evaluate: {data: e.txt}\n", f"5:1: evaluate: unknown key; allowed: {KEYS}"),
     "gptq-without-text": (
         PLAIN.replace("train:", "quantize: {backend: gptq}\ntrain:"),
-        "1:1: calibration: missing; backend gptq needs a section with data",
+        "2:1: calibration: missing; backend gptq needs a section with data",
     ),
     "text-that-nobody-reads": (
         PLAIN.replace("train:", "calibration: {data: c.txt}\ntrain:"),
@@ -272,13 +280,35 @@ REFUSED = {
         "3:3: train.data: found 't.json', which would be read as plain text; allowed: a text file, or a .jsonl file",
     ),
     "svd-of-a-shifted-target": (
-        adapter("{initialization: svd}").replace("train:", "quantize: {backend: gptq}\ncalibration: {data: c.txt}\ntrain:"),
-        "2:1: adapter: found initialization svd with target_shift auto, which aims at other weights than the float ones; allowed: "
-        "'quality: fast' or 'target_shift: 0.0' in quantize, or initialization standard",
+        repairing("gptq, bits: 3"),
+        "2:11: adapter.initialization: found svd with target_shift auto, which aims at other weights than the float ones; allowed: "
+        "'quality: fast' or 'target_shift: 0.0' in quantize, or standard",
+    ),
+    "svd-of-4-bits": (
+        repairing("gptq, quality: fast"),
+        f"2:11: adapter.initialization: found svd with 4 bits (gptq), where it gains nothing; {SVD_ALLOWED}",
+    ),
+    "svd-of-8-bits": (
+        repairing("gptq, bits: 8, quality: fast"),
+        f"2:11: adapter.initialization: found svd with 8 bits (gptq), where it gains nothing; {SVD_ALLOWED}",
+    ),
+    "svd-of-int8": (
+        repairing("int8", ""), f"2:11: adapter.initialization: found svd with 8 bits (int8), where it gains nothing; {SVD_ALLOWED}",
+    ),
+    "svd-of-nf4": (
+        repairing("nf4", ""), f"2:11: adapter.initialization: found svd with 4 bits (nf4), where it gains nothing; {SVD_ALLOWED}",
+    ),
+    "svd-of-a-budget": (
+        repairing("gptq, average_bits: 2.5, quality: fast"),
+        f"2:11: adapter.initialization: found svd beside quantize.average_bits, which also chooses 4 and 8 bits; {SVD_ALLOWED}",
+    ),
+    "svd-without-quantize": (
+        adapter("{r: 4, initialization: svd}"),
+        f"2:17: adapter.initialization: found svd without quantize: it repairs what quantizing `model` here takes; {SVD_ALLOWED}",
     ),
     "quanto": (
         QUANTIZED.replace("nf4", "quanto"),
-        "2:1: quantize: found backend quanto, on which nothing is trained; allowed: nf4, gptq or int8",
+        "2:12: quantize.backend: found quanto, on which nothing is trained; allowed: nf4, gptq or int8",
     ),
     "budget-for-a-head": (
         HEAD.replace("train:", "quantize: {backend: gptq, average_bits: 3}\ncalibration: {data: c.txt}\ntrain:"),
@@ -290,20 +320,20 @@ REFUSED = {
     ),
     "packing-for-a-head": (
         HEAD.replace("t.jsonl", "t.jsonl\n  packing: true"),
-        "3:1: train: found packing with task sequence-classification, where a row holds one sample; remove packing",
+        "5:3: train.packing: found true with task sequence-classification, where a row holds one sample; remove it",
     ),
     "plain-text-for-a-head": (
         HEAD.replace("jsonl", "txt"),
-        "3:1: train: found data 't.txt' with task sequence-classification; allowed: a .jsonl file or a dataset on the hub, with a label "
+        "4:3: train.data: found 't.txt' with task sequence-classification; allowed: a .jsonl file or a dataset on the hub, with a label "
         "in each sample",
     ),
     "plain-validation-for-a-head": (
         HEAD.replace("t.jsonl", "t.jsonl\n  validation: v.txt"),
-        "3:1: train: found validation 'v.txt' with task sequence-classification; allowed: a .jsonl file or a dataset on the hub, with a "
+        "5:3: train.validation: found 'v.txt' with task sequence-classification; allowed: a .jsonl file or a dataset on the hub, with a "
         "label in each sample",
     ),
     "labels-for-a-language-model": (
-        train("labels: [a, b]"), "2:1: train: found labels with task causal-lm, which has none; remove them",
+        train("labels: [a, b]"), "4:3: train.labels: found with task causal-lm, which has none; remove them",
     ),
     "label-twice": (
         HEAD.replace("t.jsonl", "t.jsonl\n  labels: [a, b, a]"), "5:3: train.labels: found the text 'a' twice; allowed: each name once",
@@ -311,7 +341,12 @@ REFUSED = {
     "share-one": (
         train("validation: 1"),
         "4:15: train.validation: found the number 1; allowed: a text, a section with name, config, split, column, revision and data_files, "
-        "a number above 0, below 1 or null; put it in quotes if it is meant as text",
+        "a number above 0, below 1 or null",
+    ),
+    "share-larger": (
+        train("validation: 1.5"),
+        "4:15: train.validation: found the number 1.5; allowed: a text, a section with name, config, split, column, revision and data_files, "
+        "a number above 0, below 1 or null",
     ),
     "share-true": (
         train("validation: true"),

@@ -253,6 +253,7 @@ def test_defaults():
             "backend": "gptq", "quality": "balanced", "bits": 4, "group_size": 128, "symmetric": True, "damp": 0.01,
             "order": "gar", "scale_search": "weighted", "target_shift": "auto", "sweeps": 2, "bias_correction": True,
             "rounding_steps": 0, "tune_steps": 0, "ignore_first": False, "skip": [], "on_failure": "error", "overrides": {},
+            "reader": "gptqmodel",
         },
         "calibration": {"data": "c.txt", "samples": 128, "length": None, "seed": 0},
         "evaluate": None,
@@ -351,7 +352,7 @@ GPTQ_KEYS = ", ".join(("backend", *TAKES["gptq"]))
 GPTQTAKES = f"{', '.join(TAKES['gptq'][:-1])} and {TAKES['gptq'][-1]}"
 INT8_KEYS = ", ".join(TAKES["int8"])
 INT8TAKES = f"{', '.join(TAKES['int8'][:-1])} and {TAKES['int8'][-1]}"
-SECTION_KEYS = f"{', '.join(list(QuantizeRecipe.model_fields)[:-1])} and overrides"
+SECTION_KEYS = f"{', '.join(list(QuantizeRecipe.model_fields)[:-1])} and reader"
 A_RECIPE = "allowed: a recipe, with model, quantize and output"
 
 A_SIZE = "allowed: bytes as a whole number, or a number with B, kB, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 600MB"
@@ -387,7 +388,11 @@ REFUSED = {
     "size-nothing": (gptq("target_size: 0MB"), f"4:16: quantize.target_size: found the text '0MB'; {A_SIZE}"),
     "size-fraction": (
         gptq("target_size: 600.5"), "4:16: quantize.target_size: found the number 600.5; allowed: a text, a whole number from 1 to "
-        "1000000000000000 or null; put it in quotes if it is meant as text",
+        "1000000000000000 or null",
+    ),
+    "size-negative": (
+        gptq("target_size: -5"), "4:16: quantize.target_size: found the number -5; allowed: a text, a whole number from 1 to "
+        "1000000000000000 or null",
     ),
     # keys
     "misspelt-root": (GPTQ + "outptu: x\n", f"7:1: outptu: unknown key; allowed: {ROOT_KEYS}; did you mean output?"),
@@ -578,7 +583,7 @@ REFUSED = {
     ),
     "no-calibration": (
         "model: m\nquantize: {backend: gptq}\noutput: o\n",
-        "1:1: calibration: missing; backend gptq needs a section with data",
+        "2:1: calibration: missing; backend gptq needs a section with data",
     ),
     "useless-calibration": (
         GPTQ.replace("gptq", "nf4\n  quality: fast"),
@@ -586,7 +591,7 @@ REFUSED = {
     ),
     "calibration-for-sweeps": (
         INT8.replace("int8", "int8, sweeps: 1"),
-        "1:1: calibration: missing; backend int8 needs a section with data; 'quality: fast' alone looks at no text",
+        "2:1: calibration: missing; backend int8 needs a section with data; 'quality: fast' alone looks at no text",
     ),
     "strength": (
         GPTQ.replace("gptq", "gptq\n  target_shift: 2"),

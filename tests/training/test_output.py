@@ -5,9 +5,11 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import qlm
 from qlm.arch import Task
 from qlm.checkpoint import manifest
 from qlm.errors import DataError
@@ -94,3 +96,25 @@ def test_next_commands(tmp_path: Path) -> None:
         ["qlm", "merge", "a base", *merge],
     ]
     assert words("token-classification", "a/b", "main") == [["qlm", "merge", "a/b", "--revision", "main", *merge]]
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced"])
+def test_the_merge_that_is_suggested_runs(
+    quality: str, folder_of: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    """Onto the float weights that the base was made from; with smoothed weights, which fit no others, onto the base."""
+    adapter, text = {"targets": ["q_proj"]}, {"data": str(data), "samples": 4, "length": 16}
+    more: dict[str, Any] = {"calibration": text} if quality == "balanced" else {}
+    quantize = {"backend": "int8", "quality": quality}
+    wanted = recipe_of(folder_of("opt"), tmp_path / "out", data, adapter, quantize=quantize, steps=1, **more)
+    result = finetune(wanted)
+    generate, merge = [shlex.split(line) for line in result.next_commands()]
+    assert generate[2] == f"{tmp_path}/out-base"
+    assert merge[2] == (str(folder_of("opt")) if quality == "fast" else f"{tmp_path}/out-base")
+    made = qlm.merge(merge[2], merge[3], merge[5], merge[7])
+    assert (made.onto, made.base) == (
+        ("float weights", "the adapter was trained on a quantized copy of this base")
+        if quality == "fast"
+        else ("dequantized int8 weights", "the adapter was trained on this base")
+    )
+    assert finetune(wanted).next_commands() == result.next_commands()

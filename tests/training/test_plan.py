@@ -162,3 +162,26 @@ class TestRefuses:
             plan_training(recipe(data=str(tmp_path / "none.txt")))
         with pytest.raises(UsageError, match="matches none of the model's linears"):
             plan_training(recipe(top={"adapter": {"targets": ["nothing"]}}))
+
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [({"overrides": {"*.0.fc1": {"bits": 4}}}, "has 4 bits"), ({"skip": ["*.0.fc1"]}, "stays in floats")],
+    )
+    def test_svd_where_more_bits_are_left(
+        self, change: dict[str, Any], found: str, recipe: Callable[..., FinetuneRecipe], text_file: Path, tmp_path: Path
+    ) -> None:
+        """Before the base is made. A linear without an adapter may have as many as it likes."""
+        top = {
+            "quantize": {"backend": "gptq", "bits": 3, "quality": "fast", **change},
+            "calibration": {"data": str(text_file), "samples": 2, "length": 16},
+        }
+        wanted = recipe(top={**top, "adapter": {"r": 4, "initialization": "svd"}})
+        for use in (plan_training, finetune):
+            with pytest.raises(UsageError) as error:
+                use(wanted)
+            assert str(error.value) == (
+                f"adapter.initialization: svd is for 3 bits and less, and model.decoder.layers.0.fc1 {found}; leave it out of "
+                "adapter.targets, or use standard"
+            )
+        assert list(tmp_path.iterdir()) == []
+        plan_training(recipe(top={**top, "adapter": {"r": 4, "initialization": "svd", "targets": ["q_proj"]}}))
