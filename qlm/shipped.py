@@ -14,7 +14,7 @@ def _folder() -> Path:
 
 
 def list_recipes() -> list[str]:
-    """Their names, such as `opt-125m/gptq-4bit`."""
+    """Their names, such as `opt-125m/gptq-4bit`; and those of accelerate's configurations beside them."""
     folder = _folder()
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 

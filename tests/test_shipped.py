@@ -22,7 +22,11 @@ def test_list_is_what_is_in_the_folder() -> None:
     assert len(names) >= 9 + 4 * 12 + 7
 
 
-@pytest.mark.parametrize("name", list_recipes())
+# accelerate's own configurations lie among them, to be copied in the same way.
+RECIPES = [name for name in list_recipes() if "/accelerate/" not in name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_one_is_valid_where_it_is_copied(name: str, tmp_path: Path) -> None:
     load_any_recipe(copy_recipe(name, tmp_path))
 
