@@ -1,7 +1,6 @@
 """Who quantizes in quality.py, and how: qlm with its presets, and other software, each as a function that gives a model to be judged."""
 
 import argparse
-import ast
 import functools
 import hashlib
 import importlib.metadata
@@ -21,7 +20,7 @@ import torch
 from equivalence import compare, compute_in_float32, logits_of, plain_transformers
 from quality_subject import Subject
 from quantize_speed import run
-from shared import ROOT
+from shared import ROOT, sources_version
 from torch import Tensor
 
 # What is compared with what: the settings of qlm's backend that the others' formats correspond to.
@@ -172,21 +171,8 @@ def files_version(files: tuple[str, ...]) -> str:
     return digest.hexdigest()[:12]
 
 
-@functools.cache
 def qlm_version() -> str:
-    """Of what quantizing, loading and judging import, directly or not, and of the CPU kernels. Fine-tuning and the command line change no figure."""
-    files, modules = set(), ["qlm.quantize", "qlm.load", "qlm.evaluate"]
-    while modules:
-        path = ROOT / modules.pop().replace(".", "/")
-        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if file.exists() and file not in files:
-            files.add(file)
-            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlm":
-                    modules += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
-    files.update(path for path in (ROOT / "qlm" / "kernels" / "cpu").iterdir() if path.suffix in (".cpp", ".h"))
-    names = sorted(path.relative_to(ROOT).as_posix() for path in files)
-    return f"qlm {importlib.metadata.version('qlm')}, sources {files_version(tuple(names))}"
+    return sources_version(("qlm.quantize", "qlm.load", "qlm.evaluate"))
 
 
 def packages_version(packages: Sequence[str]) -> str:

@@ -28,9 +28,18 @@ def use_checkout() -> None:
     """Let `import qlm` work from a checkout that is not installed, as on a machine that has a GPU and no network.
 
     qlm asks for its own version, which only an installed package has: a folder with nothing but that is made for it.
+
+    Raises:
+        SystemExit: another qlm is installed, and figures would be of its sources.
     """
-    if importlib.util.find_spec("qlm") is None:
+    found = importlib.util.find_spec("qlm")
+    if found is None:
         sys.path.insert(0, str(ROOT))
+    elif found.origin is not None and Path(found.origin).resolve().parent != ROOT / "qlm":
+        raise SystemExit(
+            f"qlm is imported from {Path(found.origin).parent}, and not from this checkout, {ROOT}: install this one with pip install -e, or "
+            "uninstall the other"
+        )
     try:
         importlib.metadata.version("qlm")
     except importlib.metadata.PackageNotFoundError:

@@ -7,6 +7,8 @@ is bitsandbytes' on GPUs.
 Triton is imported at the first call with a CUDA tensor, and never without a GPU. torch's CUDA builds bring it along; it compiles with the
 machine's C compiler. A layer's first call prepares it and, with new shapes, tries configurations (`cuda/tune.py`): it waits for the
 GPU, so it must not be the one that a CUDA graph captures. Calls after it only launch kernels and allocate with torch's allocator.
+What is kept of a GPTQ layer must not lie in a graph's memory either: torch.compile records graphs without its op, which says so to it
+(`ops.py`); for a memory pool of your own, call the model once outside of it.
 
 Environment, read at the first call:
     QLM_KERNELS: "reference" computes with the torch references; "native" with the kernels, and their absence is an error;
@@ -144,9 +146,17 @@ def _gpu_of(x: Tensor, *weights: Tensor) -> Gpu | None:
     return _gpu(x.device.index)
 
 
-def _run(key: tuple[object, ...], ways: list[Callable[[], Tensor]], device: torch.device) -> Tensor:
-    result: Tensor = kernels("tune").run(key, len(ways), lambda i: ways[i](), device)
+def _run(
+    key: tuple[object, ...], variant: tuple[object, ...], ways: list[Callable[[], Tensor]], device: torch.device
+) -> Tensor:
+    result: Tensor = kernels("tune").run(key, variant, len(ways), lambda i: ways[i](), device)
     return result
+
+
+def _variant(x: Tensor, bias: Tensor | None, *others: Tensor) -> tuple[object, ...]:
+    """What a product's kernels are compiled anew for, beside the layer's shape: number of rows, dtypes, and whether x begins at a multiple
+    of 16 bytes, as everything that was allocated for itself does."""
+    return x.shape[0], x.data_ptr() % 16 == 0, None if bias is None else bias.dtype, *(t.dtype for t in others)
 
 
 # int8 -----------------------------------------------------------------------------------------------------------------
@@ -183,22 +193,27 @@ def int8_product(
     cublas = rows > _INT_MM_ROWS and K % 8 == 0 and N % 8 == 0 and x.is_cuda
     if rows > MATVEC_ROWS and not gpu.tensor_cores and not cublas:
         return None
-    tokens = int8.quantize(x.reshape(rows, K).contiguous(), symmetric_input)
+    x = x.reshape(rows, K).contiguous()
     layer = int8.Layer(weight, weight_scale, row_sum, bias, x.dtype)
 
-    def matmul_by_cublas() -> Tensor:
+    def by(kernel: Callable[..., Tensor], how: object) -> Callable[[], Tensor]:
+        return lambda: kernel(int8.quantize(x, symmetric_input), layer, how, gpu.multiprocessors)
+
+    def by_cublas() -> Tensor:
+        tokens = int8.quantize(x, symmetric_input)
         return int8.finish(torch._int_mm(tokens.codes, weight.t()), tokens, layer)
 
     ways: list[Callable[[], Tensor]] = []
     if rows <= (_MATVEC_ROWS_BESIDE_TENSOR_CORES if gpu.tensor_cores else MATVEC_ROWS):
-        ways += [functools.partial(int8.matvec, tokens, layer, how, gpu.multiprocessors) for how in int8.MATVEC]
+        ways += [by(int8.matvec, how) for how in int8.MATVEC]
+    if rows == 1 and int8.by_fours(weight):
+        ways += [functools.partial(int8.fused_matvec, x, symmetric_input, layer, how) for how in int8.FUSED]
     if rows > 1 and gpu.tensor_cores:
-        ways += [
-            functools.partial(int8.matmul, tokens, layer, how, gpu.multiprocessors) for how in int8.matmul_configs(rows)
-        ]
+        ways += [by(int8.matmul, how) for how in int8.matmul_configs(rows)]
     if cublas:
-        ways.append(matmul_by_cublas)
-    y = _run(("int8", x.dtype, N, K, tune.rows_class(rows), len(ways)), ways, x.device)
+        ways.append(by_cublas)
+    key = ("int8", x.dtype, N, K, symmetric_input, tune.rows_class(rows), len(ways))
+    y = _run(key, _variant(x, bias, weight_scale), ways, x.device)
     return y.view(*leading, N)
 
 
@@ -207,7 +222,8 @@ def int8_weight(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Ten
     if _gpu_of(weight, weight_scale) is None:
         return None
     with torch.cuda.device(weight.device):
-        return kernels("int8").dequantize(weight, weight_scale, dtype)
+        way = functools.partial(kernels("int8").dequantize, weight, weight_scale, dtype)
+        return _run(("int8 weight", *weight.shape), (dtype, weight_scale.dtype), [way], weight.device)
 
 
 # GPTQ -----------------------------------------------------------------------------------------------------------------
@@ -284,7 +300,7 @@ def gptq_product(
     by_tile = tile and 1 < rows <= FUSED_ROWS
     by_vector = rows <= (_MATVEC_ROWS_BESIDE_TENSOR_CORES if tile else MATVEC_ROWS)
     if not by_tile and not by_vector:
-        weight = gptq.dequantize(_in_file_order(kept, qweight, scales, g_idx, bits), x.dtype)
+        weight = _gptq_weight(_in_file_order(kept, qweight, scales, g_idx, bits), x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             y = linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
         return y.view(*leading, N)
@@ -302,7 +318,7 @@ def gptq_product(
             for how in gptq.matmul_configs(rows)
         ]
     key = ("gptq", bits, x.dtype, N, K, layer.group_size, tune.rows_class(rows), len(ways))
-    return _run(key, ways, x.device).view(*leading, N)
+    return _run(key, _variant(x, bias, scales, g_idx), ways, x.device).view(*leading, N)
 
 
 def gptq_weight(
@@ -322,7 +338,13 @@ def gptq_weight(
         kept = _gptq_layer(qweight, qzeros, scales, g_idx, bits, v2, decode)
         if kept.zero_point is None:
             return None
-        return kernels("gptq").dequantize(_in_file_order(kept, qweight, scales, g_idx, bits), dtype)
+        return _gptq_weight(_in_file_order(kept, qweight, scales, g_idx, bits), dtype)
+
+
+def _gptq_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    key = ("gptq weight", layer.bits, layer.out_features, layer.in_features, layer.group_size)
+    way = functools.partial(kernels("gptq").dequantize, layer, dtype)
+    return _run(key, (dtype, layer.scale.dtype, layer.g_idx.dtype), [way], layer.words.device)
 
 
 def _in_file_order(kept: _GptqLayer, qweight: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Any:
@@ -367,12 +389,14 @@ def _make_gptq_layer(
     in_order, order = torch.sort(groups_here, stable=True)
     size = int((in_order == in_order[0]).sum())
     if not torch.equal(in_order, torch.arange(K) // size):  # groups of different sizes
-        return _GptqLayer(made_of, zero_point)
-    if torch.equal(in_order, groups_here):
-        return _GptqLayer(made_of, zero_point, size)
-    order = order.to(qweight.device)
-    words = kernels("gptq").arrange(qweight, order, bits)
-    if words.is_cuda:
-        # Another thread, on another stream, may be the next to read them.
-        torch.cuda.synchronize(words.device)
-    return _GptqLayer(made_of, zero_point, size, order, in_order.to(g_idx), words)
+        layer = _GptqLayer(made_of, zero_point)
+    elif torch.equal(in_order, groups_here):
+        layer = _GptqLayer(made_of, zero_point, size)
+    else:
+        order = order.to(qweight.device)
+        words = kernels("gptq").arrange(qweight, order, bits)
+        layer = _GptqLayer(made_of, zero_point, size, order, in_order.to(g_idx), words)
+    if qweight.is_cuda:
+        # Another thread, on another stream, may be the next to read what so far is only queued on this one.
+        torch.cuda.current_stream(qweight.device).synchronize()
+    return layer

@@ -78,11 +78,12 @@ def _define(
     cpu: Callable[..., torch.Tensor],
     fake: Callable[..., Any],
     cuda: Callable[..., torch.Tensor] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Any:
     """The op `qlm::NAME` of `NAME_reference`: `cpu` computes it on CPUs, `cuda` on GPUs, the reference elsewhere."""
     name = reference.__name__.removesuffix("_reference")
     schema = torch.library.infer_schema(reference, mutates_args=())
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, cpu, "CPU")
     if cuda is not None:
@@ -435,7 +436,7 @@ def _unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.bitwise_and_(7).flatten(0, 1)
 
 
-@torch.library.custom_op("qlm::gptq_weight", mutates_args=())
+@torch.library.custom_op("qlm::gptq_weight", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _gptq_weight_op(
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -537,7 +538,10 @@ def _gptq_linear_cuda(
     return gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bias, bits, v2) if y is None else y
 
 
-_gptq_linear = _define(gptq_linear_reference, _gptq_linear_cpu, _gptq_linear_fake, _gptq_linear_cuda)
+# What a GPU keeps of a layer from its first call on must not lie in the memory of a graph that torch.compile records.
+_gptq_linear = _define(
+    gptq_linear_reference, _gptq_linear_cpu, _gptq_linear_fake, _gptq_linear_cuda, (torch.Tag.cudagraph_unsafe,)
+)
 
 
 def _check_gptq(

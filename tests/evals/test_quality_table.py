@@ -46,10 +46,13 @@ def test_seeds_of_different_sources_are_marked() -> None:
 
 def test_figures_depend_on_what_quantizes_and_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     import quality_sides
+    import shared
 
     asked: list[str] = []
-    monkeypatch.setattr(quality_sides, "files_version", lambda names: asked.extend(names) or "")
-    quality_sides.qlm_version.__wrapped__()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: asked.append(str(path.relative_to(shared.ROOT))) or read(path))
+    shared.sources_version.cache_clear()
+    quality_sides.qlm_version()
     assert {"qlm/numerics/gptq.py", "qlm/tune.py", "qlm/evaluate.py", "qlm/recipe/quantize.py", "qlm/kernels/cpu/gram.cpp"} <= {*asked}  # fmt: skip
     assert not any(name.startswith(("qlm/training/", "qlm/kernels/cuda/", "qlm/cli")) for name in asked)
 
@@ -63,3 +66,11 @@ def test_seconds_are_medians_over_rounds() -> None:
     ]  # fmt: skip
     (found,) = ratios(rows)
     assert (found["preset"], found["ratio"], found["rounds"]) == ("fast", 0.25, 1)
+
+
+def test_another_qlm_than_the_checkouts_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import shared
+
+    monkeypatch.setattr(shared, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=f"not from this checkout, {tmp_path}"):
+        shared.use_checkout()

@@ -68,7 +68,7 @@ def launches(module: Any, call: Callable[[], object], monkeypatch: pytest.Monkey
     return made
 
 
-KERNELS = ("_matvec", "_matmul", "_add_parts", "_dequantize", "_arrange", "_quantize", "_finish")
+KERNELS = ("_matvec", "_fused_matvec", "_matmul", "_add_parts", "_dequantize", "_arrange", "_quantize", "_finish")
 
 
 @pytest.fixture
@@ -191,6 +191,7 @@ def test_int8(capability: int, dtype: torch.dtype, cache: Path, monkeypatch: pyt
         tokens = int8.quantize(x, False)
         few = int8.Tokens(*(part[:1] for part in tokens))
         int8.matvec(few, layer, int8.MATVEC[0], 100)
+        int8.fused_matvec(x[:1], False, layer, int8.FUSED[0])
         int8.finish(meta(128, 2048, dtype=torch.int32), tokens, layer)
         int8.dequantize(weight, scale, dtype)
 
@@ -201,7 +202,7 @@ def test_int8(capability: int, dtype: torch.dtype, cache: Path, monkeypatch: pyt
             int8.matmul(some, layer, int8.matmul_configs(rows)[0], 1)
 
     for launch in launches(int8, call, monkeypatch):
-        check(launch, capability, cache)
+        check(launch, capability, cache, "IDP" if "matvec" in launch.kernel.__name__ else "")
     if capability > T4:
         for launch in launches(int8, products, monkeypatch):
             check(launch, capability, cache, "IMMA|IGMMA" if launch.kernel.__name__ == "_matmul" else "")

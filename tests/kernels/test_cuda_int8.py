@@ -69,7 +69,7 @@ def check_quantize(K: int, symmetric: bool) -> None:
 
 
 @SYMMETRIC
-@pytest.mark.parametrize("K", [5, 320, 5000])  # 5000: two blocks
+@pytest.mark.parametrize("K", [5, 320, 5000, 17000])  # 5000: of 8192 in registers; 17000: five blocks
 def test_quantize(K: int, symmetric: bool, interpreted: Callable[..., Any]) -> None:
     interpreted(check_quantize, K, symmetric)
 
@@ -92,6 +92,11 @@ def check_products(N: int, K: int, symmetric: bool) -> None:
             assert_same(int8.matvec(few, layer, config, 2), expected[5:8], ("matvec", dtype, per_sm))
             tile = int8.MatmulConfig(rows=16, columns=32, features=64, warps=4, stages=2, per_sm=2 * per_sm)
             assert_same(int8.matmul(tokens, layer, tile, 2), expected, ("matmul", dtype, per_sm))
+        # Of the kinds that a scale and a zero point have, and one that is not finite.
+        for row in () if K % 4 else {torch.float32: (0, 6), torch.float16: (1, 4), torch.bfloat16: (3, 8)}[dtype]:
+            config = int8.MatvecConfig(columns=64, features=512, warps=4, per_sm=0)
+            y = int8.fused_matvec(x[row : row + 1], symmetric, layer, config)
+            assert_same(y, expected[row : row + 1], ("fused", dtype, row))
         sums = tokens.codes.int() @ codes.int().t()
         assert_same(int8.finish(sums, tokens, layer), expected, ("finish", dtype))
 
@@ -113,6 +118,8 @@ def check_every_config() -> None:
     one = int8.Tokens(*(part[:1] for part in tokens))
     for config in int8.MATVEC:
         assert_same(int8.matvec(one, layer, config, 2), expected[:1], config)
+    for config in int8.FUSED:
+        assert_same(int8.fused_matvec(x[:1], False, layer, config), expected[:1], config)
     for rows in (16, 64, 128):
         for tile in int8.matmul_configs(rows):
             assert_same(int8.matmul(tokens, layer, tile, 2), expected, tile)

@@ -267,25 +267,43 @@ def check_choice() -> None:
         made.append(i)
         return torch.tensor(i)
 
-    gpu, timed = torch.device("cuda", 0), mock.Mock(return_value=2)
-    with mock.patch.object(tune, "_fastest", timed):
-        assert tune.run("a", 3, launch, torch.device("cpu")) == 0
-        assert tune.run("a", 1, launch, gpu) == 0
-        with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
-            assert tune.run("a", 3, launch, gpu) == 0
-        with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False):
-            assert timed.call_count == 0
-            assert [int(tune.run("a", 3, launch, gpu)) for _ in range(3)] == [2, 2, 2]
-            assert timed.call_count == 1
-            tune.run("b", 3, launch, gpu)
-            tune.run("a", 3, launch, torch.device("cuda", 1))
-            assert timed.call_count == 3
+    gpu, timed, capturing = torch.device("cuda", 0), mock.Mock(return_value=2), mock.Mock(return_value=False)
+    with (
+        mock.patch.object(tune, "_fastest", timed),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", capturing),
+    ):
+        assert tune.run("a", 1, 3, launch, torch.device("cpu")) == 0
+        assert tune.run("one", 1, 1, launch, gpu) == 0
+        assert timed.call_count == 0
+        assert [int(tune.run("a", rows, 3, launch, gpu)) for rows in (1, 1, 2)] == [2, 2, 2]
+        assert timed.call_count == 1
+        tune.run("b", 1, 3, launch, gpu)
+        tune.run("a", 1, 3, launch, torch.device("cuda", 1))
+        assert timed.call_count == 3
         torch.use_deterministic_algorithms(True)
-        assert tune.run("a", 3, launch, gpu) == 0
+        assert tune.run("c", 1, 3, launch, gpu) == 0
+
+        # Only what has run is launched while a graph is captured, with the very variant of the very kernel.
+        capturing.return_value = True
+        assert tune.run("c", 1, 3, launch, gpu) == 0
+        torch.use_deterministic_algorithms(False)
+        assert [int(tune.run("a", rows, 3, launch, gpu)) for rows in (1, 2)] == [2, 2]
+        assert tune.run("one", 1, 1, launch, gpu) == 0
+        before, other = len(made), torch.device("cuda", 1)
+        for deterministic, key, variant, count, device in (
+            (True, "a", 1, 3, gpu), (True, "c", 2, 3, gpu), (False, "a", 3, 3, gpu), (False, "c", 1, 3, gpu),
+            (False, "one", 2, 1, gpu), (False, "b", 1, 3, other),
+        ):  # fmt: skip
+            torch.use_deterministic_algorithms(deterministic)
+            with pytest.raises(Unavailable, match="call the model once with it before capturing"):
+                tune.run(key, variant, count, launch, device)
+        assert len(made) == before
+        assert timed.call_count == 3
         torch.use_deterministic_algorithms(False)
 
-    # The second is the fastest, the third too large.
+    # The second is the fastest, once the clock has sped up; the third is too large.
     clock = [0.0]
+    launched: list[int] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -303,13 +321,15 @@ def check_choice() -> None:
     def timed_launch(i: int) -> Tensor:
         if i == 2:
             raise OutOfResources(100_000, 65_536, "shared memory")
-        clock[0] += (5.0, 1.0)[i]
+        launched.append(i)
+        clock[0] += (5.0, 1.0)[i] if len(launched) > 6 else (5.0, 100.0)[i]
         return torch.tensor(i)
 
     with mock.patch.object(torch.cuda, "Event", Event), mock.patch.object(tune, "_cache_bytes", return_value=16):
         assert tune._fastest(3, timed_launch, torch.device("cpu")) == 1
-    assert [tune.rows_class(rows) for rows in (1, 2, 4, 5, 16, 17, 2048, 4096, 10**6)] == [
-        1, 4, 4, 16, 16, 64, 4096, 4096, 4096
+        assert launched == [0, 1] * (1 + tune._WARM_UP + tune._REPEATS)
+    assert [tune.rows_class(rows) for rows in (1, 2, 3, 4, 5, 16, 17, 2048, 4096, 10**6)] == [
+        1, 2, 4, 4, 16, 16, 64, 4096, 4096, 4096
     ]  # fmt: skip
 
 

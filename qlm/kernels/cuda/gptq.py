@@ -84,11 +84,11 @@ class MatvecConfig(NamedTuple):
 # What is tried, the first where nothing can be timed. Chosen from the compiled code (README.md) and to be measured
 # (evals/gpu_kernels.py). Without a split there is one launch instead of two, which small layers are better off with.
 MATVEC = (
-    MatvecConfig(columns=128, fields=8, features=128, warps=8, per_sm=4),
-    MatvecConfig(columns=64, fields=8, features=128, warps=4, per_sm=8),
+    MatvecConfig(columns=256, fields=4, features=128, warps=4, per_sm=4),
+    MatvecConfig(columns=256, fields=4, features=128, warps=4, per_sm=0),
     MatvecConfig(columns=128, fields=4, features=128, warps=4, per_sm=8),
-    MatvecConfig(columns=64, fields=8, features=128, warps=4, per_sm=0),
-    MatvecConfig(columns=32, fields=16, features=128, warps=4, per_sm=0),
+    MatvecConfig(columns=32, fields=64, features=512, warps=8, per_sm=0),
+    MatvecConfig(columns=32, fields=32, features=256, warps=8, per_sm=0),
 )
 _FEW_ROWS = (
     MatmulConfig(rows=16, columns=128, features=64, warps=4, stages=3, per_sm=4),
@@ -101,8 +101,8 @@ _SOME_ROWS = (
     MatmulConfig(rows=64, columns=64, features=64, warps=4, stages=3, per_sm=0),
 )
 _MANY_ROWS = (
-    MatmulConfig(rows=128, columns=128, features=64, warps=8, stages=3, per_sm=1),
     MatmulConfig(rows=64, columns=128, features=64, warps=4, stages=3, per_sm=1),
+    MatmulConfig(rows=128, columns=128, features=64, warps=8, stages=3, per_sm=1),
     MatmulConfig(rows=128, columns=64, features=64, warps=4, stages=3, per_sm=0),
 )
 
@@ -126,16 +126,17 @@ def matvec(x: Tensor, layer: Layer, bias: Tensor | None, config: MatvecConfig, m
     """
     (rows, K), N = x.shape, layer.out_features
     codes = _codes_of_a_field(layer.bits)
-    unroll, per = _grouping(layer, config.fields * codes, config.features)
+    unroll, per, group = _grouping(layer, config.fields * codes, config.features)
     blocks = rows * triton.cdiv(N, config.columns)
-    steps = triton.cdiv(K, config.fields * codes * unroll)
+    features = config.fields * codes * unroll
+    steps = triton.cdiv(K, features)
     splits, steps_each = split(steps, blocks, config.per_sm * multiprocessors)
     y = x.new_empty(rows, N)
     parts = y if splits == 1 else x.new_empty(splits, rows, N, dtype=torch.float32)
     _matvec[blocks, splits](
         _in_words(x), layer.words, layer.scale, layer.zero_point, layer.g_idx, bias if splits == 1 else None, parts, rows, N, K,
-        layer.group_size or K, steps_each, _EXPONENT, BITS=layer.bits, DTYPE=_TYPES[x.dtype], COLUMNS=config.columns, FIELDS=config.fields,
-        UNROLL=unroll, PER=per, num_warps=config.warps,
+        steps_each, _EXPONENT, BITS=layer.bits, DTYPE=_TYPES[x.dtype], COLUMNS=config.columns, FIELDS=config.fields, UNROLL=unroll,
+        PER=per, GROUP=group, EVEN=K % features == 0, STAGES=1 if per == _PER_FEATURE else 3, num_warps=config.warps,
     )  # fmt: skip
     return y if splits == 1 else _sum_of_parts(parts, bias, y)
 
@@ -146,7 +147,7 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, config: MatmulConfig, m
     Args and result as `matvec`'s; x is bfloat16 or float16.
     """
     (rows, K), N = x.shape, layer.out_features
-    unroll, per = _grouping(layer, config.features, config.features)
+    unroll, per, group = _grouping(layer, config.features, config.features)
     assert unroll == 1
     blocks = triton.cdiv(rows, config.rows) * triton.cdiv(N, config.columns)
     splits, steps_each = split(triton.cdiv(K, config.features), blocks, config.per_sm * multiprocessors)
@@ -157,8 +158,8 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, config: MatmulConfig, m
     product = tl.float32 if x.device.type == "cpu" else dtype
     _matmul[blocks, splits](
         x, layer.words, layer.scale, layer.zero_point, layer.g_idx, bias if splits == 1 else None, parts, rows, N, K,
-        layer.group_size or K, steps_each, _EXPONENT, BITS=layer.bits, DTYPE=dtype, PRODUCT=product, ROWS=config.rows, COLUMNS=config.columns,
-        FEATURES=config.features, PER=per, num_warps=config.warps, num_stages=config.stages,
+        steps_each, _EXPONENT, BITS=layer.bits, DTYPE=dtype, PRODUCT=product, ROWS=config.rows, COLUMNS=config.columns,
+        FEATURES=config.features, PER=per, GROUP=group, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y if splits == 1 else _sum_of_parts(parts, bias, y)
 
@@ -169,9 +170,10 @@ def dequantize(layer: Layer, dtype: torch.dtype) -> Tensor:
     weight = layer.scale.new_empty(K, N, dtype=dtype)
     fields = triton.cdiv(K, _codes_of_a_field(layer.bits))
     grid = triton.cdiv(fields, _DEQUANTIZE_FIELDS), triton.cdiv(N, _DEQUANTIZE_COLUMNS)
+    _, per, group = _grouping(layer, 0, 0)
     _dequantize[grid](
-        layer.words, layer.scale, layer.zero_point, layer.g_idx, weight, N, K, layer.group_size or K, _EXPONENT, BITS=layer.bits,
-        COLUMNS=_DEQUANTIZE_COLUMNS, FIELDS=_DEQUANTIZE_FIELDS, PER=_grouping(layer, 0, 0)[1], num_warps=4,
+        layer.words, layer.scale, layer.zero_point, layer.g_idx, weight, N, K, _EXPONENT, BITS=layer.bits, COLUMNS=_DEQUANTIZE_COLUMNS,
+        FIELDS=_DEQUANTIZE_FIELDS, PER=per, GROUP=group, num_warps=4,
     )  # fmt: skip
     return weight
 
@@ -207,19 +209,25 @@ def _codes_of_whole_words(bits: int) -> int:
     return 32 if bits == 3 else 32 // bits
 
 
-def _grouping(layer: Layer, least: int, most: int) -> tuple[int, int]:
-    """(how many times `least` in features a step has, `most` at most; what a scale holds for)."""
-    size, G = layer.group_size, layer.scale.shape[0]
-    if G == 1:
-        return max(1, most // max(1, least)), _PER_STEP
+def _grouping(layer: Layer, least: int, most: int) -> tuple[int, int, int]:
+    """How a kernel that reads `least` in features at once steps along K, `most` at a step at most.
+
+    Returns:
+        How many times `least` a step has; what a scale holds for; how many steps (_PER_STEP) or fields (_PER_FIELD) share it, 0: all.
+    """
+    size, codes = layer.group_size, _codes_of_a_field(layer.bits)
+    times = max(1, most // max(1, least))
+    if layer.scale.shape[0] == 1:
+        return times, _PER_STEP, 0
     if size and least:
-        unroll = max(1, most // least)
+        unroll = times
         while unroll > 1 and size % (least * unroll):
             unroll //= 2
         if size % (least * unroll) == 0:
-            return unroll, _PER_STEP
-    per_field = size and size % _codes_of_a_field(layer.bits) == 0
-    return max(1, most // max(1, least)), _PER_FIELD if per_field else _PER_FEATURE
+            return unroll, _PER_STEP, size // (least * unroll)
+    if size and size % codes == 0:
+        return times, _PER_FIELD, size // codes
+    return times, _PER_FEATURE, 0
 
 
 def _in_words(x: Tensor) -> Tensor:
@@ -253,10 +261,26 @@ def _load_fields(words, field, column, inside, N, BITS: tl.constexpr):  # type: 
 
 
 @triton.jit
+def _group(index, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The group of a step or field, GROUP of which share one; 0: all do."""
+    if GROUP:
+        return index // GROUP
+    else:
+        return index * 0
+
+
+@triton.constexpr_function
+def _shift(bits):  # type: ignore[no-untyped-def]
+    """How far a field is moved down for those of its codes that a float's 23 bits do not hold in place: by so many that these come to lie
+    where others lie in place, with whom they share masks and subtrahends. But a code of 8 bits at bit 0 takes an instruction more."""
+    return {2: 10, 3: 3, 4: 12, 8: 9}[bits]
+
+
+@triton.jit
 def _code(low, high, zero, exponent, j: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32: code j of each field, less the zero point. `high` is `low` without the codes that a float's 23 bits hold in place."""
+    """float32: code j of each field, less the zero point. `high` is `low >> _shift(BITS)`."""
     IN_PLACE: tl.constexpr = 23 // BITS
-    P: tl.constexpr = j % IN_PLACE * BITS
+    P: tl.constexpr = j * BITS if j < IN_PLACE else j * BITS - _shift(BITS)
     word = low if j < IN_PLACE else high
     value = (word & (((1 << BITS) - 1) << P)) | (exponent - (P << 23))
     return value.to(tl.float32, bitcast=True) - (zero + 2.0 ** (23 - P))
@@ -280,10 +304,11 @@ def _value(word, i: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyp
             return half.to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "group_size", "steps_each", "exponent"])
+@triton.jit(do_not_specialize=["rows", "steps_each", "exponent"])
 def _matvec(  # type: ignore[no-untyped-def]
-    x, words, scales, zero_points, g_idx, bias, out, rows, N, K, group_size, steps_each, exponent,
+    x, words, scales, zero_points, g_idx, bias, out, rows, N, K, steps_each, exponent,
     BITS: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr, UNROLL: tl.constexpr, PER: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
     VALUES: tl.constexpr = 64 // DTYPE.primitive_bitwidth  # of x in a 64-bit word
@@ -295,20 +320,22 @@ def _matvec(  # type: ignore[no-untyped-def]
     column = tl.program_id(0) // rows * COLUMNS + tl.arange(0, COLUMNS)
     column_inside = column < N
     total = tl.zeros((FIELDS, COLUMNS), dtype=tl.float32)
-    for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, tl.cdiv(K, STEP * CODES))):
+    end = tl.minimum((split + 1) * steps_each, tl.cdiv(K, STEP * CODES))
+    # The next steps' words are on their way to shared memory while this one's codes are multiplied.
+    for step in tl.range(split * steps_each, end, num_stages=STAGES):
         part = tl.zeros((FIELDS, COLUMNS), dtype=tl.float32)
         if PER == 0:
-            group = step * (STEP * CODES) // group_size * N + column
+            group = _group(step, GROUP) * N + column
             scale = tl.load(scales + group, mask=column_inside, other=0).to(tl.float32)[None, :]
             zero = tl.load(zero_points + group, mask=column_inside, other=0).to(tl.float32)[None, :]
         for u in tl.static_range(UNROLL):
             field = step * STEP + u * FIELDS + tl.arange(0, FIELDS)
-            inside = field * CODES < K
+            inside = (field * CODES < K) | EVEN
             both_inside = inside[:, None] & column_inside[None, :]
             low = _load_fields(words, field[:, None], column[None, :], both_inside, N, BITS)
-            high = low >> (23 // BITS * BITS)
+            high = low >> _shift(BITS)
             if PER == 1:
-                group = (field * CODES // group_size)[:, None] * N + column[None, :]
+                group = _group(field, GROUP)[:, None] * N + column[None, :]
                 scale = tl.load(scales + group, mask=both_inside, other=0).to(tl.float32)
                 zero = tl.load(zero_points + group, mask=both_inside, other=0).to(tl.float32)
                 part = tl.zeros((FIELDS, COLUMNS), dtype=tl.float32)
@@ -338,41 +365,53 @@ def _matvec(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _weight_tile(  # type: ignore[no-untyped-def]
-    words, scales, zero_points, g_idx, first, column, column_inside, N, K, group_size, exponent,
-    BITS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr, PER: tl.constexpr,
-):  # fmt: skip
-    """float32 [FEATURES, COLUMNS]: the weight from in feature `first` on."""
+def _load_step(words, step, column, column_inside, N, K, BITS: tl.constexpr, FEATURES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The fields of a step, uint32 [FIELDS, COLUMNS]."""
     CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
-    FIELDS: tl.constexpr = FEATURES // CODES
-    field = first // CODES + tl.arange(0, FIELDS)
+    field = step * (FEATURES // CODES) + tl.arange(0, FEATURES // CODES)
     inside = (field * CODES < K)[:, None] & column_inside[None, :]
-    fields = _load_fields(words, field[:, None], column[None, :], inside, N, BITS)
-    shift = (tl.arange(0, CODES) * BITS).to(tl.uint32)
-    codes = (fields[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
-    codes = (codes | exponent).to(tl.float32, bitcast=True)
+    return _load_fields(words, field[:, None], column[None, :], inside, N, BITS)
+
+
+@triton.jit
+def _load_grid(  # type: ignore[no-untyped-def]
+    scales, zero_points, g_idx, step, column, column_inside, N, K,
+    BITS: tl.constexpr, FEATURES: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(scales, zero points) of a step, as they are stored, in a shape that fits [FIELDS, CODES, COLUMNS]."""
+    CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
+    field = step * (FEATURES // CODES) + tl.arange(0, FEATURES // CODES)
     if PER == 0:
-        group = first // group_size * N + column
-        scale = tl.load(scales + group, mask=column_inside, other=0).to(tl.float32)[None, None, :]
-        zero = tl.load(zero_points + group, mask=column_inside, other=0).to(tl.float32)[None, None, :]
+        group = (_group(step, GROUP) * N + column)[None, None, :]
+        inside = column_inside[None, None, :]
     elif PER == 1:
-        group = (field * CODES // group_size)[:, None] * N + column[None, :]
-        scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)[:, None, :]
-        zero = tl.load(zero_points + group, mask=inside, other=0).to(tl.float32)[:, None, :]
+        group = _group(field, GROUP)[:, None, None] * N + column[None, None, :]
+        inside = (field * CODES < K)[:, None, None] & column_inside[None, None, :]
     else:
         k = field[:, None] * CODES + tl.arange(0, CODES)[None, :]
         group = tl.load(g_idx + k, mask=k < K, other=0).to(tl.int32)[:, :, None] * N + column[None, None, :]
-        all_inside = (k < K)[:, :, None] & column_inside[None, None, :]
-        scale = tl.load(scales + group, mask=all_inside, other=0).to(tl.float32)
-        zero = tl.load(zero_points + group, mask=all_inside, other=0).to(tl.float32)
-    return ((codes - (zero + 8388608.0)) * scale).reshape(FEATURES, COLUMNS)
+        inside = (k < K)[:, :, None] & column_inside[None, None, :]
+    return tl.load(scales + group, mask=inside, other=0), tl.load(zero_points + group, mask=inside, other=0)
 
 
-@triton.jit(do_not_specialize=["rows", "group_size", "steps_each", "exponent"])
+@triton.jit
+def _weight_tile(fields, scale, zero, exponent, BITS: tl.constexpr, FEATURES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 [FEATURES, COLUMNS]: the weight of a step; as `_code`, with all codes of a field side by side."""
+    CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
+    IN_PLACE: tl.constexpr = 23 // BITS
+    j = tl.arange(0, CODES)[None, :, None]
+    p = tl.where(j < IN_PLACE, j * BITS, j * BITS - _shift(BITS)).to(tl.uint32)
+    word = tl.where(j < IN_PLACE, fields[:, None, :], fields[:, None, :] >> _shift(BITS))
+    value = ((word & (((1 << BITS) - 1) << p)) | (exponent - (p << 23))).to(tl.float32, bitcast=True)
+    offset = ((150 - p) << 23).to(tl.float32, bitcast=True)  # 2.0 ** (23 - p)
+    return ((value - (zero.to(tl.float32) + offset)) * scale.to(tl.float32)).reshape(FEATURES, fields.shape[1])
+
+
+@triton.jit(do_not_specialize=["rows", "steps_each", "exponent"])
 def _matmul(  # type: ignore[no-untyped-def]
-    x, words, scales, zero_points, g_idx, bias, out, rows, N, K, group_size, steps_each, exponent,
+    x, words, scales, zero_points, g_idx, bias, out, rows, N, K, steps_each, exponent,
     BITS: tl.constexpr, DTYPE: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FEATURES: tl.constexpr, PER: tl.constexpr,
+    FEATURES: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     exponent = exponent.to(tl.uint32)
     # Programs that follow each other dequantize the same part of the weight, for other rows.
@@ -383,13 +422,28 @@ def _matmul(  # type: ignore[no-untyped-def]
     row_inside, column_inside = row < rows, column < N
     x += row.to(tl.int64)[:, None] * K
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, tl.cdiv(K, FEATURES))):
+    first, end = split * steps_each, tl.minimum((split + 1) * steps_each, tl.cdiv(K, FEATURES))
+    if PER < 2:
+        next_fields = _load_step(words, first, column, column_inside, N, K, BITS, FEATURES)
+        next_scale, next_zero = _load_grid(
+            scales, zero_points, g_idx, first, column, column_inside, N, K, BITS, FEATURES, PER, GROUP
+        )
+    for step in range(first, end):
         k = step * FEATURES + tl.arange(0, FEATURES)
         values = tl.load(x + k[None, :], mask=row_inside[:, None] & (k < K)[None, :], other=0)
-        weight = _weight_tile(
-            words, scales, zero_points, g_idx, step * FEATURES, column, column_inside, N, K, group_size, exponent,
-            BITS, FEATURES, COLUMNS, PER,
-        )  # fmt: skip
+        if PER < 2:
+            # In registers and on its way while this step's codes become a weight: fewer instructions than Triton's way through shared memory.
+            fields, scale, zero, more = next_fields, next_scale, next_zero, column_inside & (step + 1 < end)
+            next_fields = _load_step(words, step + 1, column, more, N, K, BITS, FEATURES)
+            next_scale, next_zero = _load_grid(
+                scales, zero_points, g_idx, step + 1, column, more, N, K, BITS, FEATURES, PER, GROUP
+            )
+        else:  # a scale for each code would be too many registers
+            fields = _load_step(words, step, column, column_inside, N, K, BITS, FEATURES)
+            scale, zero = _load_grid(
+                scales, zero_points, g_idx, step, column, column_inside, N, K, BITS, FEATURES, PER, GROUP
+            )
+        weight = _weight_tile(fields, scale, zero, exponent, BITS, FEATURES)
         total = tl.dot(values.to(PRODUCT), weight.to(DTYPE).to(PRODUCT), total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + column, mask=column_inside, other=0).to(tl.float32)[None, :]
@@ -410,10 +464,10 @@ def _add_parts(parts, bias, out, parts_count, count, N, BLOCK: tl.constexpr):  #
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["group_size", "exponent"])
+@triton.jit(do_not_specialize=["exponent"])
 def _dequantize(  # type: ignore[no-untyped-def]
-    words, scales, zero_points, g_idx, out, N, K, group_size, exponent,
-    BITS: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr, PER: tl.constexpr,
+    words, scales, zero_points, g_idx, out, N, K, exponent,
+    BITS: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     CODES: tl.constexpr = 8 if BITS == 3 else 32 // BITS
     exponent = exponent.to(tl.uint32)
@@ -421,9 +475,9 @@ def _dequantize(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (field * CODES < K)[:, None] & (column < N)[None, :]
     low = _load_fields(words, field[:, None], column[None, :], inside, N, BITS)
-    high = low >> (23 // BITS * BITS)
+    high = low >> _shift(BITS)
     if PER < 2:
-        group = (field * CODES // group_size)[:, None]
+        group = _group(field, GROUP)[:, None]
         scale = tl.load(scales + (group * N + column[None, :]), mask=inside, other=0).to(tl.float32)
         zero = tl.load(zero_points + (group * N + column[None, :]), mask=inside, other=0).to(tl.float32)
     for j in tl.static_range(CODES):

@@ -2,8 +2,9 @@
 
 The choice changes no int8 result, and no result of a kernel that adds its products in one order whatever its configuration; where sums are
 split it may change a float's last bit from one process to the next, never within one. torch.use_deterministic_algorithms(True)
-takes the first configuration always. So do calls while a CUDA graph is captured, when nothing can be timed, unless an earlier
-call has chosen: run a model once before capturing it.
+takes the first configuration always.
+
+While a CUDA graph is captured nothing can be timed, and Triton may not even load a kernel: only what has run before is launched then.
 """
 
 from collections.abc import Callable, Hashable
@@ -13,30 +14,51 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-_REPEATS = 5
+from qlm.errors import Unavailable
+
+# A GPU that waited for the compiler has slowed its clocks down: rounds that are not counted, and rounds that are.
+_WARM_UP, _REPEATS = 2, 5
 # How often a buffer of twice the last-level cache is written between two timed calls: the weights must come from memory, as in a model,
 # and the next launch be waiting when its turn comes.
 _FLUSHES = 4
 
 _chosen: dict[Hashable, int] = {}
+# What has been launched, and so is compiled and loaded: (device, key, variant, which way).
+_ran: set[Hashable] = set()
 
 
-def run(key: Hashable, count: int, launch: Callable[[int], Tensor], device: torch.device) -> Tensor:
+def run(key: Hashable, variant: Hashable, count: int, launch: Callable[[int], Tensor], device: torch.device) -> Tensor:
     """The result of `launch(i)`, one of `count` ways to compute the same; the fastest on this device for everything that `key` stands for.
-    The first must fit every GPU."""
-    if count == 1 or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+    The first must fit every GPU.
+
+    Args:
+        variant: what Triton compiles kernels anew for, beside the key: exact shapes, dtypes.
+    Raises:
+        Unavailable: a CUDA graph is being captured, and this has not run before.
+    """
+    if device.type != "cuda":
         return launch(0)
-    choice = _chosen.get((device.index, key))
+    alone = count == 1 or torch.are_deterministic_algorithms_enabled()
+    choice = 0 if alone else _chosen.get((device.index, key))
+    if choice is not None and (device.index, key, variant, choice) in _ran:
+        return launch(choice)
+    if torch.cuda.is_current_stream_capturing():
+        raise Unavailable(
+            "a quantized layer meets this shape for the first time while a CUDA graph is captured, which cannot load its kernels: call the "
+            "model once with it before capturing"
+        )
     if choice is None:
-        if torch.cuda.is_current_stream_capturing():
-            return launch(0)
         choice = _chosen[device.index, key] = _fastest(count, launch, device)
-    return launch(choice)
+    result = launch(choice)
+    _ran.add((device.index, key, variant, choice))
+    return result
 
 
 def rows_class(rows: int) -> int:
-    """1, 4, 16, ... 4096: token counts up to this one share a choice."""
-    most = 1
+    """1, 2, 4, 16, 64, ... 4096: token counts up to this one share a choice."""
+    if rows <= 2:  # two tokens share what is read and are not yet a tile
+        return rows
+    most = 4
     while most < min(rows, 4096):
         most *= 4
     return most
@@ -47,24 +69,26 @@ def _fastest(count: int, launch: Callable[[int], Tensor], device: torch.device) 
         flushed = torch.empty(2 * _cache_bytes(device), dtype=torch.int8, device=device)
     except torch.OutOfMemoryError:
         return 0
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    seconds = [float("inf")] * count
+    times: dict[int, list[float]] = {}
     for i in range(count):
         try:
             launch(i)  # compiles
         except OutOfResources:  # more shared memory than this GPU has
             continue
-        times = []
-        for _ in range(_REPEATS):
+        times[i] = []
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # In turns, so that a clock that changes changes it for all.
+    for turn in range(_WARM_UP + _REPEATS):
+        for i, milliseconds in times.items():
             for _ in range(_FLUSHES):
                 flushed.zero_()
             start.record()
             launch(i)
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end))
-        seconds[i] = median(times)
-    return seconds.index(min(seconds))
+            if turn >= _WARM_UP:
+                milliseconds.append(start.elapsed_time(end))
+    return min(times, key=lambda i: median(times[i]), default=0)
 
 
 def _cache_bytes(device: torch.device) -> int:
