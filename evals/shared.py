@@ -33,9 +33,9 @@ def use_checkout() -> None:
         SystemExit: another qlm is installed, and figures would be of its sources.
     """
     found = importlib.util.find_spec("qlm")
-    if found is None:
+    if found is None or found.origin is None:  # or a folder of that name without the package in it
         sys.path.insert(0, str(ROOT))
-    elif found.origin is not None and Path(found.origin).resolve().parent != ROOT / "qlm":
+    elif Path(found.origin).resolve().parent != ROOT / "qlm":
         raise SystemExit(
             f"qlm is imported from {Path(found.origin).parent}, and not from this checkout, {ROOT}: install this one with pip install -e, or "
             "uninstall the other"
