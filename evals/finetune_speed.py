@@ -4,8 +4,9 @@
     python evals/finetune_speed.py opt-1.3b --device cuda --precision bfloat16 --batch-size 4 --length 512       on a GPU
 
 The peer is evals/peer_finetune.py: transformers, bitsandbytes, PEFT and the Trainer, without qlm. Both start from the float checkpoint, make NF4 of
-it, put LoRA on all linears and take the same number of steps over rows of the same text: the same optimizer (AdamW; on a GPU paged 8-bit
-AdamW), dropout, schedule and gradient checkpointing, and a loss that is logged at every step. Every run is a process of its own.
+it, put LoRA on all linears and take the same number of steps over rows of the same text: the same optimizer (AdamW; on a GPU 8-bit AdamW, not
+paged), dropout, schedule and gradient checkpointing, and a loss that is logged at every step. Every run is a process of its own; the
+report is written after each. Exit code 69 where there is no GPU and --device asks for one.
 
 A run's figure is the median of its steps after the first few; a side's the median of its runs. Peak memory is that of the whole process
 (VmHWM), on a GPU also what torch allocated there. Speed does not depend on the weights' values, so random ones will do. The last line
@@ -25,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantize_speed import SHAPES, write_checkpoint
-from shared import ROOT, cpu_name, slug, status_bytes, use_checkout, versions, write_json
+from gpu_cells import NO_GPU, say_goal
+from quantize_speed import SHAPES, end_on_sigterm, write_checkpoint
+from shared import ROOT, change_json, cpu_name, slug, status_bytes, use_checkout, versions
 
 SIDES = ("qlm", "peer")
 
@@ -39,7 +41,7 @@ def recipe_of(checkpoint: Path, text: Path, output: Path, options: argparse.Name
         "train": {
             "data": str(text), "steps": options.steps, "batch_size": options.batch_size, "gradient_accumulation": 1,
             "warmup": 0.0, "max_length": options.length, "precision": options.precision,
-            "gradient_checkpointing": options.gradient_checkpointing, "save_every": 10 * options.steps,
+            "gradient_checkpointing": options.gradient_checkpointing, "save_every": 10 * options.steps, "optimizer": options.optimizer,
         },
         "output": str(output),
     }  # fmt: skip
@@ -115,6 +117,39 @@ def text_for(checkpoint: Path, file: Path, options: argparse.Namespace) -> Path:
     return file
 
 
+def report_of(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
+    """What the runs that there are come to; ratios as soon as both sides have one."""
+    report: dict[str, Any] = {
+        "shape": options.shape, "device": options.device, "precision": options.precision, "batch_size": options.batch_size,
+        "length": options.length, "r": options.r, "dropout": options.dropout, "steps": options.steps, "warm_up": options.warm_up,
+        "gradient_checkpointing": options.gradient_checkpointing, "optimizer": options.optimizer, "threads": options.threads, "rounds": options.rounds,
+        "cpu": cpu_name(), "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
+        **{side: summary_of(runs[side]) for side in SIDES if runs[side]},
+    }  # fmt: skip
+    everything = {"runs": runs, "versions": versions()}
+    if not all(runs.values()):
+        return {**report, **everything}
+    ours, theirs = report["qlm"], report["peer"]
+    report["step_ratio"] = round(ours["step_seconds"] / theirs["step_seconds"], 4)
+    report["step_ratio_best"] = round(ours["step_seconds_best"] / theirs["step_seconds_best"], 4)
+    report["peak_ratio"] = round(ours["peak_rss_bytes"] / theirs["peak_rss_bytes"], 4)
+    if options.device != "cpu":
+        report["peak_gpu_ratio"] = round(ours["peak_gpu_bytes"] / theirs["peak_gpu_bytes"], 4)
+    report["goals"] = goals_of(report)
+    return {**report, **everything}
+
+
+def goals_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is promised of this shape on a GPU, if anything is."""
+    from gpu_goals import FINETUNED, finetuning_goals
+
+    return finetuning_goals(report["step_ratio"]) if report["gpu"] and report["shape"] == FINETUNED else []
+
+
+def file_of(options: argparse.Namespace) -> Path:
+    return Path(options.out / f"finetune_speed-{slug(f'{options.shape} {options.device} {options.precision}')}.json")
+
+
 def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = write_checkpoint(work, options.shape, options.device)
     text = text_for(checkpoint, work / "text.txt", options)
@@ -129,7 +164,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             sys.executable, str(ROOT / "evals" / "peer_finetune.py"), str(checkpoint), str(text), str(outputs["peer"]),
             "--steps", str(options.steps), "--batch-size", str(options.batch_size), "--length", str(options.length),
             "--r", str(options.r), "--dropout", str(options.dropout), "--precision", options.precision,
-            "--device", options.device, "--threads", str(options.threads),
+            "--optimizer", options.optimizer, "--device", options.device, "--threads", str(options.threads),
             *(["--gradient-checkpointing"] if options.gradient_checkpointing else []),
         ],
     }  # fmt: skip
@@ -147,26 +182,15 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
                 f"peak {found['peak_rss_bytes'] / 2**20:8.0f} MiB{on_gpu}   loss {found['losses'][0]:.3f} to {found['losses'][-1]:.3f}",
                 flush=True,
             )
-    report: dict[str, Any] = {
-        "shape": options.shape, "device": options.device, "precision": options.precision, "batch_size": options.batch_size,
-        "length": options.length, "r": options.r, "dropout": options.dropout, "steps": options.steps, "warm_up": options.warm_up,
-        "gradient_checkpointing": options.gradient_checkpointing, "threads": options.threads, "rounds": options.rounds,
-        "cpu": cpu_name(), "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
-        **{side: summary_of(runs[side]) for side in SIDES},
-    }  # fmt: skip
-    ours, theirs = report["qlm"], report["peer"]
-    report["step_ratio"] = round(ours["step_seconds"] / theirs["step_seconds"], 4)
-    report["step_ratio_best"] = round(ours["step_seconds_best"] / theirs["step_seconds_best"], 4)
-    report["peak_ratio"] = round(ours["peak_rss_bytes"] / theirs["peak_rss_bytes"], 4)
-    if options.device != "cpu":
-        report["peak_gpu_ratio"] = round(ours["peak_gpu_bytes"] / theirs["peak_gpu_bytes"], 4)
+            if options.out is not None:
+                report = report_of(runs, options)
+                change_json(file_of(options), lambda _, report=report: report)
+    report = report_of(runs, options)
     shown = {key: value for key, value in report.items() if "ratio" in key}
     print("qlm / peer: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items()))
-    return {
-        **report,
-        "runs": runs,
-        "versions": versions(),
-    }
+    for one in report["goals"]:
+        print(say_goal(one))
+    return report
 
 
 def main() -> int:
@@ -182,15 +206,31 @@ def main() -> int:
     arguments.add_argument("--r", type=int, default=16)
     arguments.add_argument("--dropout", type=float, default=0.05)
     arguments.add_argument("--gradient-checkpointing", action="store_true")
+    arguments.add_argument(
+        "--optimizer",
+        choices=("adamw", "adamw_8bit", "paged_adamw_8bit"),
+        help="of both sides; by default adamw_8bit on a GPU, else adamw",
+    )
     arguments.add_argument("--steps", type=int, default=12)
     arguments.add_argument("--warm-up", type=int, default=3, help="steps that are not counted")
     arguments.add_argument("--rounds", type=int, default=2, help="runs of each side")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--work", type=Path, help="folder for the checkpoint and outputs; they stay there")
-    arguments.add_argument("--out", type=Path, help="folder for finetune_speed-SHAPE-DEVICE-PRECISION.json")
+    arguments.add_argument(
+        "--out", type=Path, help="folder for finetune_speed-SHAPE-DEVICE-PRECISION.json; by default $OUT, if set"
+    )
     options = arguments.parse_args()
     if options.warm_up >= options.steps:
         raise SystemExit("--warm-up: fewer than --steps")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        print("finetune_speed: torch sees no CUDA GPU here; nothing was measured", file=sys.stderr)
+        return NO_GPU
+    if options.optimizer is None:
+        # Paged memory, which is there for GPUs that are too small, costs time on one that is not.
+        options.optimizer = "adamw" if options.device == "cpu" else "adamw_8bit"
+    if options.out is None and os.environ.get("OUT"):
+        options.out = Path(os.environ["OUT"])
+    end_on_sigterm()
     use_checkout()
     import transformers
 
@@ -202,9 +242,6 @@ def main() -> int:
     finally:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    if options.out is not None:
-        name = slug(f"{options.shape} {options.device} {options.precision}")
-        write_json(options.out / f"finetune_speed-{name}.json", report)
     print(json.dumps({key: value for key, value in report.items() if key not in ("runs", "versions")}))
     return 0
 

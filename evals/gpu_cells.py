@@ -2,13 +2,16 @@
 
 A GPU that is lent by the minute has to be used to the last one: a kernel that crashes leaves the process without its GPU, one that never ends
 would keep it, and a package may not be there. So the cells run in a process of their own, which a second one, without torch's help,
-starts again behind the cell that it died of (`supervise`); what a cell throws is a row that says so (`run_cell`); a budget of seconds ends
-the run between two cells; and results of an earlier run stay where this one has nothing better (`Results`).
+starts again behind the cell that it died of (`supervise`), or that failed there: a failed capture of a graph may leave torch's allocator in
+a state in which later cells fail too. What a cell throws is a row that says so (`run_cell`); a budget of seconds ends the run between two
+cells; and results of an earlier run stay where this one has nothing better (`Results`).
 """
 
+import argparse
 import faulthandler
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,16 +20,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from shared import change_json
+from shared import ROOT, change_json
+
+NO_GPU = 69
 
 # A cell that takes longer hangs; most take a second or two, the first of a large shape as long as its kernels need to be compiled.
 CELL_SECONDS = 240
 # A process that has lost its GPU, or its life, so often, will lose the next.
 MOST_STARTS = 12
-# How a process says that it needs to be started again.
+# How a process says that it needs to be started again: the GPU does not answer it any more (AGAIN), or may not do what it should (RENEW).
 AGAIN = 75
+RENEW = 76
 
 
 class NotRun(Exception):
@@ -42,16 +48,34 @@ class Cell:
     measure: Callable[[], dict[str, Any]]
 
 
+# A cell's row, and the exit code with which the process has to ask for another one, if it has.
+Ran = tuple[dict[str, Any], int | None]
+
+
 def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else "no message"
 
 
-def run_cell(cell: Cell, device: str) -> tuple[dict[str, Any], bool]:
-    """The row of a cell, and whether the device is still there. `ok` is None where it could not run, or did not fit."""
+def say_goal(goal: dict[str, Any]) -> str:
+    """One of gpu_goals.goal in words."""
+    verdict = {None: "not measured", True: "met", False: "missed"}[goal["met"]]
+    return f"{goal['what']}: found {goal['found']}, at least {goal['goal']}, aim {goal['aim']}, {verdict}"
+
+
+def results_folder(given: Path | None) -> Path:
+    """Where results go: the folder given, else $OUT where a machine collects them, else the results in this checkout."""
+    if given is not None:
+        return given
+    return Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "evals" / "results"
+
+
+def run_cell(cell: Cell, device: str) -> Ran:
+    """Measure a cell. `ok` is None where it could not run, or did not fit; a failed one on a GPU asks for another process."""
     import torch
 
     began = time.perf_counter()
+    code = None
     row: dict[str, Any] = {"name": cell.name, **cell.keys}
     try:
         row |= {**cell.measure(), "ok": True}
@@ -62,22 +86,42 @@ def run_cell(cell: Cell, device: str) -> tuple[dict[str, Any], bool]:
     except Exception as error:  # whatever a kernel or a library throws is what was found; the other cells still run
         if isinstance(error.__cause__, torch.OutOfMemoryError):
             row |= {"ok": None, "not_run": "out of memory", "why": first_line(error)}
+            # It did not fit while a graph was captured.
+            code = RENEW
         else:
             row |= {"ok": False, "error": f"{type(error).__name__}: {first_line(error)}"}
-    alive = True
+            code = RENEW
     if not row["ok"]:
         # Only now is the exception gone, with the frames that held tensors.
         gc.collect()
+    lost = what_the_gpu_says(device)
+    if lost is not None:
+        code = AGAIN
+        row |= {"ok": False, "error": row.get("error") or lost}
+    row["seconds"] = round(time.perf_counter() - began, 3)
+    return row, code if device.startswith("cuda") else None
+
+
+def what_the_gpu_says(device: str) -> str | None:
+    """Wait for the GPU and free what is cached there: None, or what it answers where it is lost to this process."""
+    import torch
+
     if device.startswith("cuda"):
         try:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
         except RuntimeError as error:
             # An illegal access shows at any call after the one that made it, and at all of them from there on.
-            alive = False
-            row |= {"ok": False, "error": row.get("error") or f"{type(error).__name__}: {first_line(error)}"}
-    row["seconds"] = round(time.perf_counter() - began, 3)
-    return row, alive
+            return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+class Rows(Protocol):
+    """Where rows go, one by one, onto the disk."""
+
+    def put(self, row: dict[str, Any]) -> None: ...
+
+    def leave_out(self, names: Sequence[str]) -> None: ...
 
 
 class Results:
@@ -143,17 +187,35 @@ class Resumption:
     after: str | None = None
     why: str | None = None
 
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Resumption":
+        return cls(Path(options.progress), options.after, options.why)
+
+    def over(self) -> None:
+        """Say that nothing is left to do: whatever the exit code, there is no reason to start another process."""
+        self.progress.write_text(json.dumps({"over": True}), "utf-8")
+
+
+def add_options(arguments: argparse.ArgumentParser) -> None:
+    """--seconds, and what `supervise` says to the process that it starts."""
+    arguments.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start nothing after so many; what is left out is listed"
+    )
+    for internal in ("--progress", "--after", "--why", "--until"):
+        arguments.add_argument(internal, help=argparse.SUPPRESS)
+
 
 def run_cells(
     cells: Sequence[Cell],
-    results: Results,
+    results: Rows,
     resumption: Resumption,
     *,
     device: str,
     until: float,
     say: Callable[[dict[str, Any]], None],
-) -> bool:
-    """Run the cells in turn until that moment (of time.time()). False: the process must be started again."""
+    run: Callable[[Cell, str], Ran] | None = None,
+) -> int | None:
+    """Run the cells in turn until that moment (of time.time()), each by `run`, else `run_cell`. A number: the process must end with it."""
     names = [cell.name for cell in cells]
     start = 0
     if resumption.after in names:
@@ -166,37 +228,49 @@ def run_cells(
     for index, cell in enumerate(cells[start:], start):
         if time.time() > until:
             results.leave_out(names[index:])
-            return True
+            return None
         resumption.progress.write_text(json.dumps({"running": cell.name}), "utf-8")
         # From a thread that needs nothing of Python: a kernel that never ends holds the interpreter.
         faulthandler.dump_traceback_later(CELL_SECONDS, exit=True)
-        row, alive = run_cell(cell, device)
+        row, code = (run or run_cell)(cell, device)
         faulthandler.cancel_dump_traceback_later()
         results.put(row)
         say(row)
-        if not alive:
-            return False
+        if code is not None:
+            return code
     results.leave_out([])
-    return True
+    return None
+
+
+def supervised(file: str, seconds: float) -> int:
+    """`supervise` this command line again, as a program of its own that starts nothing after so many seconds."""
+    until = str(time.time() + seconds)
+    return supervise([sys.executable, str(Path(file).resolve()), *sys.argv[1:], "--until", until])
 
 
 def supervise(command: Sequence[str]) -> int:
-    """Run the command, which ends in `run_cells`, with `--progress FILE` behind it, as often as it takes: its exit code."""
+    """Run the command, which ends in `run_cells`, with `--progress FILE` behind it, as often as it takes: its exit code.
+
+    FILE lies in a folder that stays until all is over: what one process has put there the next may use.
+    """
     # A SystemExit ends the child too, which a signal alone would not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="gpu_cells-") as folder:
         progress = Path(folder) / "progress.json"
         more: list[str] = []
-        for _ in range(MOST_STARTS):
+        lost = 0
+        while lost < MOST_STARTS:
             progress.unlink(missing_ok=True)
             code = subprocess.run([*command, "--progress", str(progress), *more]).returncode
             at = json.loads(progress.read_text("utf-8")) if progress.exists() else {}
             if at.get("over") or "running" not in at:
                 return code
             more = ["--after", at["running"]]
-            if code != AGAIN:
+            # One that only fails its cells ends when there are no more.
+            lost += code != RENEW
+            if code not in (AGAIN, RENEW):
                 how = f"signal {-code}" if code < 0 else f"exit code {code}, maybe after {CELL_SECONDS} s"
                 more += ["--why", f"the process died: {how}"]
             print(f"started again after: {at['running']}", flush=True)
-    print(f"given up after {MOST_STARTS} starts", file=sys.stderr)
+    print(f"given up after {MOST_STARTS} lost processes", file=sys.stderr)
     return 1

@@ -1,7 +1,8 @@
 """Does everything compute on a GPU what it computes on the CPU? Needs a CUDA GPU, no network, and a few minutes.
 
-    python evals/gpu_check.py [--out FILE]          on a machine with a GPU; exit code 69 where there is none
-    python evals/gpu_check.py --device cpu --out F  the same code on the CPU, few checks: tests the script itself
+    python evals/gpu_check.py [--only TEXT ...] [--seconds N] [--out FILE]   on a machine with a GPU; exit code 69 where there is none
+    python evals/gpu_check.py --device cpu --out F            the same code on the CPU, few checks: tests the script itself
+    python evals/gpu_check.py --merge FILE ...                one report of several, of processes that ran side by side with other --only
 
 Random-weight models of every variant of the three families (tests/tiny_models.py), each task class, each backend, each attention
 implementation, in float32, bfloat16 and float16, against the CPU's float32 result of the same folder; the three ops and the
@@ -10,17 +11,21 @@ in a CUDA graph; and GPTQ, NF4 and int8 quantized on the GPU against quantized o
 
 A difference is the largest absolute one, in units of the reference's root mean square. The tolerances below say how large it may be
 and why. The CPU computes with float activations, as the GPU does, not with the int8 ones of its kernels of 4-bit formats. What cannot
-run for want of a package is listed as `not run`, and is no failure. The last line printed is JSON.
+run for want of a package is listed as `not run`, and is no failure.
+
+The order is shuffled, the same every time, but for the kernels' configurations, which take longest to compile and come last: what `--seconds`
+allows is a fair sample, and what it does not is listed. The report is written after every check. A check that loses the GPU, or its
+process, is a failed one, and the others go on in a fresh process (gpu_cells.py). The last line printed is JSON.
 """
 
 import argparse
 import importlib.util
 import json
-import os
+import random
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +33,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+from gpu_cells import (
+    AGAIN,
+    NO_GPU,
+    RENEW,
+    Cell,
+    Ran,
+    Resumption,
+    add_options,
+    results_folder,
+    run_cells,
+    supervised,
+    what_the_gpu_says,
+)
 from shared import (
     ROOT,
     cpu_name,
@@ -37,11 +55,9 @@ from shared import (
     use_checkout,
     versions,
     write_byte_tokenizer,
-    write_json,
 )
 from torch import Tensor
 
-NO_GPU = 69
 MIB = 1 << 20
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,11 +101,15 @@ class NotRun(Exception):
     """A check that cannot run here, and why."""
 
 
+class CaptureFailed(Exception):
+    """A CUDA graph could not be captured; torch's allocator may not be what it was."""
+
+
 @dataclass(frozen=True)
 class Result:
     difference: float
     tolerance: float
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float | str] = field(default_factory=dict)
 
 
 Check = tuple[str, Callable[[], Result]]
@@ -168,8 +188,11 @@ class Checkpoints:
                     if not name.startswith(f"{spec.prefix}."):
                         parameter.data.normal_(0.0, 0.1)
                 model = headed
-            model.save_pretrained(path)
-            write_byte_tokenizer(path, tiny_models().VOCABULARY, spec.bos_first)
+            # Whole or not there: a process that dies here leaves the folder to the next.
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            model.save_pretrained(unfinished)
+            write_byte_tokenizer(unfinished, tiny_models().VOCABULARY, spec.bos_first)
+            unfinished.rename(path)
         return path
 
     def quantized_folder(self, variant: str, task: str, backend: str, device: str = "cpu", suffix: str = "") -> Path:
@@ -231,6 +254,25 @@ def check_model(
     special = {"int8": INT8_MODEL_TOLERANCE, "quanto": QUANTO_MODEL_TOLERANCE}
     tolerance = special.get(backend.partition("-")[0], MODEL_TOLERANCE)[dtype]
     return Result(difference(outputs(model), reference), tolerance)
+
+
+def check_flash(checkpoints: Checkpoints, variant: str, dtype: str, device: str) -> Result:
+    """Whether SDPA can run on its flash backend alone, without a mask: what transformers hands it in a prompt and in training."""
+    from qlm.load import load
+
+    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) < (8, 0):
+        raise NotRun("only GPUs from sm_80 on have flash attention")
+    model = load(checkpoints.float_folder(variant, "causal-lm"), device=device, dtype=dtype, attn_implementation="sdpa")
+    return flash_alone(model, tiny_models().token_ids(batch=2).to(device))
+
+
+def flash_alone(model: Any, ids: Tensor) -> Result:
+    from gpu_measure import chosen_by_sdpa, flash_ran
+
+    ran = flash_ran(model, ids)
+    if ran is not True:
+        raise ValueError(f"SDPA cannot run on flash alone: {ran}")
+    return Result(0.0, 0.0, {"sdpa_backend": chosen_by_sdpa(lambda: model(input_ids=ids, use_cache=False))})
 
 
 def check_layer(
@@ -411,8 +453,11 @@ def check_repeated(
     if not torch.equal(first, run(x, device)):
         raise ValueError("two calls differ")
     given, graph = x.clone(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(given, device)
+    try:
+        with torch.cuda.graph(graph):
+            captured = run(given, device)
+    except Exception as error:
+        raise CaptureFailed(str(error)) from error
     given.copy_(x * 2)
     graph.replay()
     return Result(0.0 if torch.equal(captured, second) else float("inf"), 0.0)
@@ -498,12 +543,12 @@ def check_quantize(checkpoints: Checkpoints, variant: str, backend: str, calibra
     differing = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
     share = differing / sum(codes.numel() for codes in ours.values())
     base = checkpoints.float_folder(variant, "causal-lm")
-    facts = {"kl_made_on_cpu": kl(base, here), "kl_made_here": kl(base, there), "kl_between": kl(here, there)}
+    cost = {"kl_made_on_cpu": kl(base, here), "kl_made_here": kl(base, there), "kl_between": kl(here, there)}
     tolerance = CODES_DIFFER[calibrate_in] if backend.startswith("gptq") else CODES_DIFFER_NEAREST
     # The device must not quantize worse than the CPU does.
-    if facts["kl_made_here"] > facts["kl_made_on_cpu"] * (1 + KL_GROWTH) + KL_FLOOR:
-        raise ValueError(f"the KL from the float model grew: {facts}")
-    return Result(share, tolerance, facts)
+    if cost["kl_made_here"] > cost["kl_made_on_cpu"] * (1 + KL_GROWTH) + KL_FLOOR:
+        raise ValueError(f"the KL from the float model grew: {cost}")
+    return Result(share, tolerance, {**cost})
 
 
 def check_quantize_model(checkpoints: Checkpoints, variant: str, backend: str, device: str) -> Result:
@@ -579,6 +624,10 @@ def all_checks(checkpoints: Checkpoints, device: str, few: bool) -> Iterator[Che
                     for backend in ["float"] if few else ["float", *backends]:
                         yield model(variant, task, backend, "sdpa", dtype)
 
+    for dtype in ("bfloat16",) if few else ("bfloat16", "float16"):
+        for variant in FAMILIES:
+            yield f"flash {variant} {dtype}", partial(check_flash, checkpoints, variant, dtype, device)
+
     for variant in FAMILIES[:1] if few else FAMILIES:
         for backend in ("int8", "nf4", "gptq-4bit") if few else ("int8", "nf4", "nf4-double", "gptq-4bit", "gptq-3bit"):
             for dtype in CODES_DIFFER if backend.startswith("gptq") else ("float32",):
@@ -589,16 +638,24 @@ def all_checks(checkpoints: Checkpoints, device: str, few: bool) -> Iterator[Che
             yield name, partial(check_quantize_model, checkpoints, variant, backend, device)
 
 
+def in_order(checks: list[Check]) -> list[Check]:
+    """Shuffled, the same every time; the kernels' configurations last."""
+    shuffled = random.Random(0).sample(checks, len(checks))
+    return sorted(shuffled, key=lambda check: check[0].startswith("kernels "))
+
+
+# The report -------------------------------------------------------------------------------------------------------------
+
+
 def run_check(check: Check, device: str) -> dict[str, Any]:
-    """One row of the report."""
+    """One row of the report; with `lost` where the GPU does not answer any more."""
     name, run = check
     on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     row: dict[str, Any] = {"name": name}
     try:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         result = run()
         row |= {
             "max_difference": result.difference if result.difference < float("inf") else None,
@@ -609,26 +666,148 @@ def run_check(check: Check, device: str) -> dict[str, Any]:
     except Exception as error:  # whatever a kernel or a library throws is what this check found; the others still run
         text = str(error).strip()
         row |= {"ok": False, "error": f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"}
-    if on_gpu:
-        torch.cuda.synchronize(device)
+    lost = what_the_gpu_says(device)
+    if lost is not None:
+        row |= {"ok": False, "error": row.get("error") or lost, "lost": True}
     row["seconds"] = round(time.perf_counter() - start, 4)
-    # On the CPU the resident peak of the whole process so far: there is no smaller one to be had.
-    row["peak_mib"] = round((torch.cuda.max_memory_allocated(device) if on_gpu else status_bytes("VmHWM")) / MIB, 1)
+    if lost is None:
+        # On the CPU the resident peak of the whole process so far: there is no smaller one to be had.
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else status_bytes("VmHWM")
+        row["peak_mib"] = round(peak / MIB, 1)
     return row
 
 
-def default_out(device_name: str) -> Path:
-    """$OUT where a machine collects results, else the results folder."""
-    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "evals" / "results"
-    return folder / f"gpu_check-{slug(device_name)}.json"
+def run_in_cells(check: Callable[[], Any], cell: Cell, device: str) -> Ran:
+    row = run_check((cell.name, check), device)
+    if row.get("lost"):
+        return row, AGAIN
+    # What differs, or does not compile, leaves the GPU as it was.
+    return row, RENEW if str(row.get("error")).startswith(CaptureFailed.__name__) else None
+
+
+def say(row: dict[str, Any]) -> None:
+    if row["ok"] is False:
+        why = row.get("error") or f"difference {row['max_difference']}, tolerance {row['tolerance']}"
+        print(f"FAILED  {row['name']}: {why}", flush=True)
+
+
+class Report:
+    """A JSON file that is whole after every check, each on a line of its own. With `resumed` the checks that are in it stay."""
+
+    def __init__(self, path: Path, facts: dict[str, Any], resumed: bool, seconds: float = 0.0) -> None:
+        """
+        Args:
+            facts: `machine` and `versions`. seconds: that went by before.
+        """
+        self.path, self._facts = path, facts
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._lines: dict[str, str] = {}
+        self._left_out: list[str] = []
+        if resumed and path.exists():
+            report = json.loads(path.read_text("utf-8"))
+            seconds = report["summary"]["seconds"]
+            for row in report["checks"]:
+                self._enter(row)
+        self._start = time.perf_counter() - seconds
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def _enter(self, row: dict[str, Any]) -> None:
+        self._rows[row["name"]], self._lines[row["name"]] = row, json.dumps(row)
+
+    def put(self, row: dict[str, Any]) -> None:
+        self._enter(row)
+        self._write()
+
+    def leave_out(self, names: Sequence[str]) -> None:
+        self._left_out = list(names)
+        self._write()
+
+    def not_run(self) -> dict[str, int]:
+        """How many checks did not run for each reason."""
+        return dict(Counter(row["not_run"] for row in self._rows.values() if row["ok"] is None))
+
+    def summary(self) -> dict[str, Any]:
+        rows = self._rows.values()
+        return {
+            "device": self._facts["machine"]["gpu"] or "cpu",
+            "checks": len(rows),
+            "ok": sum(row["ok"] is True for row in rows),
+            "failed": sum(row["ok"] is False for row in rows),
+            "not_run": sum(row["ok"] is None for row in rows),
+            "left_out": len(self._left_out),
+            "seconds": round(time.perf_counter() - self._start, 1),
+            "peak_mib": max((row.get("peak_mib", 0) for row in rows), default=0),
+        }
+
+    def _write(self) -> None:
+        report = {"summary": self.summary(), **self._facts, "not_run": self.not_run(), "left_out": self._left_out}
+        # A line a check, from texts that are there already: a thousand checks write it a thousand times.
+        head = json.dumps(report, indent=2).removesuffix("\n}")
+        checks = ",\n    ".join(self._lines.values())
+        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        unfinished.write_text(f'{head},\n  "checks": [\n    {checks}\n  ]\n}}\n', "utf-8")
+        unfinished.replace(self.path)
+
+
+def facts_of(device: str) -> dict[str, Any]:
+    from qlm.kernels import ops
+
+    on_gpu = device.startswith("cuda")
+    machine = {
+        "cpu": cpu_name(), "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "driver": driver_version() if on_gpu else None, "cuda": torch.version.cuda,
+        "capability": list(torch.cuda.get_device_capability(device)) if on_gpu else None,
+        # Where the kernels cannot run, plain torch computes, and is what was checked.
+        "kernels": {op: ops.kernel(op, "cuda" if on_gpu else "cpu") for op in ("gptq_linear", "int8_linear")},
+    }  # fmt: skip
+    return {"machine": machine, "versions": versions()}
+
+
+def file_for(device_name: str) -> Path:
+    return results_folder(None) / f"gpu_check-{slug(device_name)}.json"
+
+
+def merge(files: Sequence[Path], out: Path | None) -> int:
+    """One report of all files' checks. Machine and versions are those of the first."""
+    reports = [json.loads(file.read_text("utf-8")) for file in files]
+    facts = {key: reports[0][key] for key in ("machine", "versions")}
+    seconds = max(report["summary"]["seconds"] for report in reports)
+    merged = Report(out or file_for(facts["machine"]["gpu"] or "cpu"), facts, resumed=False, seconds=seconds)
+    done = set[str]()
+    for report in reports:
+        for row in report["checks"]:
+            done.add(row["name"])
+            merged.put(row)
+    merged.leave_out([name for report in reports for name in report["left_out"] if name not in done])
+    return finish(merged)
+
+
+def finish(report: Report) -> int:
+    """Print what there is to say: the exit code."""
+    summary = report.summary()
+    for reason, count in report.not_run().items():
+        print(f"{count} checks {reason}")
+    if summary["left_out"]:
+        print(f"{summary['left_out']} checks left out, the time being over; the report lists them")
+    print(f"written: {report.path}")
+    print(json.dumps(json.loads(report.path.read_text("utf-8"))["summary"]))
+    return 1 if summary["failed"] or not summary["checks"] else 0
 
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for few checks without a GPU")
     arguments.add_argument("--out", type=Path, help="JSON report; $OUT or evals/results by default")
-    arguments.add_argument("--only", default="", help="checks whose name contains this text")
+    arguments.add_argument("--only", nargs="+", default=[""], help="checks whose name contains one of these texts")
+    arguments.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="reports that become one")
+    add_options(arguments)
     options = arguments.parse_args()
+    if options.merge:
+        return merge(options.merge, options.out)
+    if options.progress is None:
+        # This process has no GPU to lose.
+        return supervised(__file__, options.seconds)
     device: str = options.device
     on_gpu = device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
@@ -649,48 +828,25 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = False
 
     device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-    rows = []
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder, float_activations():
-        for check in all_checks(Checkpoints(Path(folder)), device, few=not on_gpu):
-            if options.only not in check[0]:
-                continue
-            row = run_check(check, device)
-            rows.append(row)
-            if row["ok"] is False:
-                why = row.get("error") or f"difference {row['max_difference']}, tolerance {row['tolerance']}"
-                print(f"FAILED  {row['name']}: {why}", flush=True)
-
-    reasons: dict[str, int] = {}
-    for row in rows:
-        if row["ok"] is None:
-            reasons[row["not_run"]] = reasons.get(row["not_run"], 0) + 1
-    for reason, count in reasons.items():
-        print(f"{count} checks {reason}")
-    summary = {
-        "device": device_name,
-        "checks": len(rows),
-        "ok": sum(row["ok"] is True for row in rows),
-        "failed": sum(row["ok"] is False for row in rows),
-        "not_run": sum(reasons.values()),
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_mib": max((row["peak_mib"] for row in rows), default=0),
-    }
-    report = {
-        "summary": summary,
-        "machine": {
-            "cpu": cpu_name(), "gpu": device_name if on_gpu else None, "driver": driver_version() if on_gpu else None,
-            "cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability(device)) if on_gpu else None,
-        },
-        "versions": versions(),
-        "not_run": reasons,
-        "checks": rows,
-    }  # fmt: skip
-    out = options.out or default_out(device_name)
-    write_json(out, report)
-    print(f"written: {out}")
-    print(json.dumps(summary))
-    return 1 if summary["failed"] or not rows else 0
+    resumption = Resumption.of(options)
+    report = Report(options.out or file_for(device_name), facts_of(device), resumed=resumption.after is not None)
+    # Beside the file in which `supervise` reads: checkpoints outlive a process that loses its GPU.
+    folder = resumption.progress.with_name("checkpoints")
+    folder.mkdir(exist_ok=True)
+    with float_activations():
+        checks = {
+            name: check
+            for name, check in in_order(list(all_checks(Checkpoints(folder), device, few=not on_gpu)))
+            if any(text in name for text in options.only)
+        }
+        again = run_cells(
+            [Cell(name, {}, dict) for name in checks], report, resumption, device=device, until=float(options.until), say=say,
+            run=lambda cell, device: run_in_cells(checks[cell.name], cell, device),
+        )  # fmt: skip
+    if again is not None:
+        return again
+    resumption.over()
+    return finish(report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What qlm promises on a GPU, as numbers: what was found, what is at least to be reached, and what is aimed at.
 
 Each is a cell of its own. Where one time is over another's the two are taken in turns, in one process. The promises that need files,
-a step of QLoRA and GPTQ of a large shape, are finetune_speed.py's and quantize_speed.py's.
+a step of QLoRA and GPTQ of a large shape, are finetune_speed.py's and quantize_speed.py's to find; what they are to reach stands here.
 """
 
 import statistics
@@ -18,6 +18,7 @@ from gpu_measure import (
     Bench,
     Differs,
     GrowingDecoder,
+    chosen_by_sdpa,
     compare,
     flash_ran,
     in_ms,
@@ -53,6 +54,23 @@ def goal(what: str, found: float | None, at_least: float, aim: float, more: bool
         "what": what, "found": None if found is None else float(f"{found:.4g}"), "goal": at_least, "aim": aim,
         "met": reached(at_least), "aim_met": reached(aim),
     }  # fmt: skip
+
+
+# The shape, and the calibration windows and their tokens, for which `quantizing_goals` hold.
+QUANTIZED = ("opt-6.7b", 128, 2048)
+FINETUNED = "pythia-1.4b"
+
+
+def quantizing_goals(minutes: float, peak_gpu_gb: float) -> list[dict[str, Any]]:
+    """GPTQ of all of `QUANTIZED`, 4 bits."""
+    shape, samples, length = QUANTIZED
+    what = f"gptq 4-bit of {shape}, {samples} x {length} tokens: "
+    return [goal(what + "minutes", minutes, 10, 4), goal(what + "peak GPU GB", peak_gpu_gb, 12, 8)]
+
+
+def finetuning_goals(ratio: float) -> list[dict[str, Any]]:
+    """A step of QLoRA over plain PEFT's, of `FINETUNED`."""
+    return [goal(f"QLoRA of {FINETUNED}: time of a step over plain peft + bitsandbytes", ratio, 1.0, 0.85)]
 
 
 def in_turns(sides: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
@@ -121,6 +139,10 @@ def goal_prefill(bench: Bench, sizes: GoalSizes) -> dict[str, Any]:
     models = {name: bench.build(sizes.large, name, bench.goal_dtype) for name in ("float", "int8")}
     ids = bench.ids(models["float"], 1, sizes.prefill)
     flash = {name: flash_ran(model, ids) for name, model in models.items()}
+    backend = {
+        name: chosen_by_sdpa(lambda model=model: model(input_ids=ids, use_cache=False))
+        for name, model in models.items()
+    }
 
     def once(name: str, seed: int) -> float:
         decoder, other = GrowingDecoder(models[name], 1), bench.ids(models[name], 1, sizes.prefill, seed)
@@ -137,7 +159,9 @@ def goal_prefill(bench: Bench, sizes: GoalSizes) -> dict[str, Any]:
     times = in_turns({name: partial(once, name) for name in models}, sizes.rounds)
     ratio = statistics.median(times["int8"]) / statistics.median(times["float"])
     what = f"{sizes.large}, prompt of {sizes.prefill}: int8 over {bench.goal_dtype}, time of prefill"
-    found = {name: {**in_ms("prefill", times[name]), "flash": flash[name]} for name in models}
+    found = {
+        name: {**in_ms("prefill", times[name]), "flash": flash[name], "sdpa_backend": backend[name]} for name in models
+    }
     return {"goals": [goal(what, ratio, 1.0, 0.65)], "sides": found}
 
 

@@ -14,31 +14,31 @@ the calls are captured in a CUDA graph, so that no launch from Python is timed. 
     gptq-N-dense    the weight dequantized, then cuBLAS's product
 
 "Bandwidth" of a case is its weights' bytes over its time, and "of a copy" divides that by what copying 1 GiB on the device
-reaches, bytes read and written. No network is needed. Writes gpu_kernels-<gpu>.json and .md into --out, $OUT or evals/results;
-the last line printed is JSON.
+reaches, bytes read and written. No network is needed. Writes gpu_kernels-<gpu>.json (rows replace those of the same name) and .md into --out,
+$OUT or evals/results after every case; `--seconds` starts none after so many, `--missing` times what the file has not. A case that fails is
+a row that says so, and the next one is timed, in a fresh process (gpu_cells.py). The last line printed is JSON.
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from shared import ROOT, cpu_name, driver_version, slug, use_checkout, versions, write_json
+from gpu_cells import NO_GPU, Cell, Results, Resumption, add_options, results_folder, run_cells, supervised
+from shared import cpu_name, driver_version, slug, use_checkout, versions
 from torch import Tensor
 
 use_checkout()
 
 from qlm.kernels import cuda_ops, ops  # noqa: E402
 
-NO_GPU = 69
 # model: [out, in] of the linears of a block that differ.
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "opt-350m": {"q_proj": (1024, 1024), "fc1": (4096, 1024), "fc2": (1024, 4096)},
@@ -54,9 +54,10 @@ ROWS = (1, 4, 16, 128, 2048)
 KINDS = ("float", "int8", "gptq-4", "gptq-4-tile", "gptq-4-dense")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GROUP = 128
-# Weights of a case together: beyond the last-level cache of any GPU.
-BYTES = 400 << 20
-MOST_LAYERS = 64
+# Weights of a case together, however small one is: so many times the last-level cache, 60 MB on an H200, that none of them is still there
+# when its turn comes again.
+CACHES = 4
+LEAST_BYTES = 64 << 20
 GRAPH_ROWS = 128
 COPIED = 1 << 30
 # Largest difference in units of the reference's root mean square: a rounding of weight and result each. int8: the GPU's reference divides by
@@ -131,6 +132,11 @@ def check(run: Run, reference: Run, x: Tensor, tolerance: float) -> float:
     return difference
 
 
+def layers_needed(size: int, cache: int) -> int:
+    """How many layers of so many bytes go far beyond a cache."""
+    return -(-max(CACHES * cache, LEAST_BYTES) // size)
+
+
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a copy on the device."""
     source = torch.zeros(COPIED, dtype=torch.int8, device="cuda")
@@ -170,24 +176,47 @@ def timed(runs: Sequence[Run], x: Tensor, repeats: int) -> float:
 
 
 def case(model: str, name: str, kind: str, rows: int, dtype: str, repeats: int, bandwidth: float) -> dict[str, Any]:
-    """One row of the report."""
+    """The figures of one row of the report."""
     O, I = MODELS[model][name]
-    row: dict[str, Any] = {"model": model, "layer": name, "out": O, "in": I, "kind": kind, "rows": rows, "dtype": dtype}
+    chosen = configurations()
     x = torch.randn(rows, I, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(DTYPES[dtype])
     first, reference, size = layer(kind, O, I, DTYPES[dtype], "cuda", 0)
     with torch.no_grad(), forced(kind):
-        row["difference"] = check(first, reference, x, INT8_TOLERANCE if kind == "int8" else TOLERANCE[dtype])
-        count = max(1, min(MOST_LAYERS, BYTES // size))
+        found = check(first, reference, x, INT8_TOLERANCE if kind == "int8" else TOLERANCE[dtype])
+        count = layers_needed(size, torch.cuda.get_device_properties(0).L2_cache_size)
         runs = [first, *(layer(kind, O, I, DTYPES[dtype], "cuda", seed)[0] for seed in range(1, count))]
         took = timed(runs, x, repeats)
     return {
-        **row, "layers": count, "us": took * 1e6, "weight_gb_per_s": size / took / 1e9, "of_a_copy": size / took / bandwidth,
+        "difference": found, "layers": count, "us": took * 1e6, "weight_gb_per_s": size / took / 1e9, "of_a_copy": size / took / bandwidth,
         "tflops": 2 * rows * O * I / took / 1e12,
+        "chosen": {key: index for key, index in configurations().items() if key not in chosen},
     }  # fmt: skip
 
 
+def configurations() -> dict[str, int]:
+    """Which configuration has been chosen for what, by this process so far."""
+    if not cuda_ops.describe(torch.cuda.current_device()):
+        return {}  # without Triton nothing is chosen
+    return {str(key): index for key, index in cuda_ops.kernels("tune")._chosen.items()}
+
+
+def cases(options: argparse.Namespace, capability: tuple[int, int], bandwidth: float) -> Iterator[Cell]:
+    for dtype in options.dtypes:
+        for model in options.models:
+            for layer_name, (O, I) in MODELS[model].items():
+                for rows in options.rows:
+                    for kind in options.kinds:
+                        if kind.endswith("-tile") and (dtype == "float32" or capability < (8, 0) or rows == 1):
+                            continue
+                        keys = {
+                            "model": model, "layer": layer_name, "out": O, "in": I, "kind": kind, "rows": rows, "dtype": dtype
+                        }  # fmt: skip
+                        what = (model, layer_name, kind, rows, dtype, options.repeats, bandwidth)
+                        yield Cell(f"{model} {layer_name} {dtype} rows {rows} {kind}", keys, partial(case, *what))
+
+
 def over_float(rows: list[dict[str, Any]]) -> None:
-    """Add to each row its time over that of torch's linear of the same shape, dtype and rows."""
+    """Add to each row that has a time its time over that of torch's linear of the same shape, dtype and rows."""
     floats = {
         tuple(r[k] for k in ("model", "layer", "rows", "dtype")): r.get("us") for r in rows if r["kind"] == "float"
     }
@@ -207,13 +236,31 @@ def table(rows: list[dict[str, Any]]) -> str:
         figures = (
             f"{row['us']:.1f} | {ratio} | {row['weight_gb_per_s']:.0f} | {row['of_a_copy']:.2f} | {row['tflops']:.1f}"
             if "us" in row
-            else f"{row['error']} | | | |"
+            else f"{row.get('error') or row['not_run']} | | | |"
         )
         lines.append(
             f"| {row['model']} | {row['layer']} | {row['out']} x {row['in']} | {row['dtype']} | {row['rows']} | {row['kind']} "
             f"| {figures} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def page(report: dict[str, Any]) -> str:
+    """Of the report's value, as Markdown; the rows get their `over_float`."""
+    over_float(report["rows"])
+    heads = []
+    for index in sorted({row["run"] for row in report["rows"]}):
+        machine = report["runs"][index]["machine"]
+        heads.append(
+            f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, a copy {machine['copy_gb_per_s']:.0f} GB/s; "
+            f"gptq_linear: {machine['gptq_linear']}; int8_linear: {machine['int8_linear']}."
+        )
+    left_out = f"\nLeft out, the time being over: {len(report['left_out'])} cases.\n" if report["left_out"] else ""
+    return "\n".join(heads) + "\n\n" + table(report["rows"]) + left_out
+
+
+def say(row: dict[str, Any]) -> None:
+    print(table([row]).splitlines()[-1], flush=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,7 +270,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kinds", default=",".join(KINDS), help="see above; N is 2, 3, 4 or 8")
     parser.add_argument("--dtypes", default="float16,bfloat16", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--missing", action="store_true", help="only cases that the file has no figures for")
     parser.add_argument("--out", type=Path, help="folder; $OUT or evals/results by default")
+    add_options(parser)
     options = parser.parse_args(arguments)
     options.models, options.kinds, options.dtypes = (
         text.split(",") for text in (options.models, options.kinds, options.dtypes)
@@ -246,69 +295,57 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.rows = [int(rows) for rows in options.rows.split(",")]
     except ValueError:
         parser.error(f"--rows {options.rows}: expected numbers with commas between")
-    options.out = options.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "evals" / "results")
+    options.out = results_folder(options.out)
     return options
 
 
 def main() -> int:
     options = parse()
+    if options.progress is None:
+        # This process has no GPU to lose.
+        return supervised(__file__, options.seconds)
     if not torch.cuda.is_available():
         print("gpu_kernels: torch sees no CUDA GPU here; nothing was timed", file=sys.stderr)
         return NO_GPU
     torch.backends.cuda.matmul.allow_tf32 = False
-    begun = time.perf_counter()
+    resumption = Resumption.of(options)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    bandwidth = copy_bandwidth()
+    machine = {
+        "gpu": name, "capability": list(capability), "driver": driver_version(), "cuda": torch.version.cuda, "cpu": cpu_name(),
+        "copy_gb_per_s": bandwidth_kept(resumption.progress) / 1e9,
+        **{op: ops.kernel(op, "cuda") for op in ("gptq_linear", "int8_linear")},
+    }  # fmt: skip
+    bandwidth = machine["copy_gb_per_s"] * 1e9
     print(f"{name}, sm_{capability[0]}{capability[1]}; a copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
-    rows: list[dict[str, Any]] = []
-    stem = options.out / f"gpu_kernels-{slug(name)}"
-
-    def save() -> None:
-        over_float(rows)
-        described = {op: ops.kernel(op, "cuda") for op in ("gptq_linear", "int8_linear")}
-        computes = cuda_ops.describe(torch.cuda.current_device())
-        chosen = {str(key): index for key, index in cuda_ops.kernels("tune")._chosen.items()} if computes else {}
-        machine = {
-            "gpu": name, "capability": list(capability), "driver": driver_version(), "cuda": torch.version.cuda, "cpu": cpu_name(),
-            "copy_gb_per_s": bandwidth / 1e9, **described,
-        }  # fmt: skip
-        report = {
-            "machine": machine,
-            "versions": versions(),
-            "repeats": options.repeats,
-            "chosen": chosen,
-            "cases": rows,
-        }
-        write_json(stem.with_suffix(".json"), report)
-        stem.with_suffix(".md").write_text(table(rows), "utf-8")
-
-    # What is there already is written after each linear: a machine that is lent may be taken back.
-    for dtype in options.dtypes:
-        for model in options.models:
-            for linear, (O, I) in MODELS[model].items():
-                for count in options.rows:
-                    for kind in options.kinds:
-                        if kind.endswith("-tile") and (dtype == "float32" or capability < (8, 0) or count == 1):
-                            continue
-                        try:
-                            row = case(model, linear, kind, count, dtype, options.repeats, bandwidth)
-                        except (
-                            Exception
-                        ) as error:  # whatever a kernel throws is a row of its own; the others are still timed
-                            text = (str(error).strip().splitlines() or [""])[0]
-                            row = {
-                                "model": model, "layer": linear, "out": O, "in": I, "kind": kind, "rows": count, "dtype": dtype,
-                                "error": f"{type(error).__name__}: {text}",
-                            }  # fmt: skip
-                        rows.append(row)
-                        print(table([row]).splitlines()[-1], flush=True)
-                        torch.cuda.empty_cache()
-                save()
-    failed = sum("error" in row for row in rows)
-    summary = {"gpu": name, "cases": len(rows), "failed": failed, "seconds": round(time.perf_counter() - begun, 1)}
-    print(f"written: {stem}.json and .md")
+    run = {"machine": machine, "versions": versions(), "repeats": options.repeats}
+    results = Results(options.out / f"gpu_kernels-{slug(name)}.json", run, page)
+    cells = list(cases(options, capability, bandwidth))
+    if options.missing:
+        there = {name for name, row in results.rows().items() if row["ok"] is True}
+        # The case that an earlier process died of marks where to go on.
+        cells = [cell for cell in cells if cell.name not in there or cell.name == options.after]
+    again = run_cells(cells, results, resumption, device="cuda", until=float(options.until), say=say)
+    if again is not None:
+        return again
+    report = json.loads(results.path.read_text("utf-8"))
+    tried = {cell.name for cell in cells} - set(report["left_out"])
+    rows = [row for row in report["rows"] if row["name"] in tried]
+    summary = {
+        "gpu": name, "cases": len(rows), "failed": [row["name"] for row in rows if row["ok"] is False],
+        "left_out": len(report["left_out"]),
+    }  # fmt: skip
+    print(f"written: {results.path} and .md")
     print(json.dumps(summary))
-    return 1 if failed or not rows else 0
+    resumption.over()
+    return 1 if summary["failed"] else 0
+
+
+def bandwidth_kept(progress: Path) -> float:
+    """A copy's bytes per second, measured by the first process: its successors' rows belong to the same run."""
+    file = progress.with_name("copy.json")
+    if not file.exists():
+        file.write_text(json.dumps(copy_bandwidth()), "utf-8")
+    return float(json.loads(file.read_text("utf-8")))
 
 
 if __name__ == "__main__":

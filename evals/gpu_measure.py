@@ -1,14 +1,16 @@
 """How long a model's steps take on a GPU and what memory they need: decoding, with a cache that grows or by qlm's recorded steps, and training.
 
 What is to be timed is checked first: recorded steps against a growing cache, an attention implementation against eager, and whether SDPA
-ran on its flash backend. Times are medians over rounds behind one that warms up, the best beside them. A CPU does all of it too, for tests.
+can run on its flash backend alone; where it can, it is timed so. What it chooses by itself is recorded beside. Times are medians over rounds behind one that warms up, the best beside them. A CPU does all of it too, for tests.
 """
 
 import gc
 import importlib.util
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from gpu_cells import NotRun, first_line
 from random_models import random_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 MIB = 1 << 20
 PACKAGES = {"nf4": "bitsandbytes"}
@@ -176,6 +179,49 @@ def flash_ran(model: Any, ids: Tensor) -> str | bool:
     return True
 
 
+class _Choices(TorchFunctionMode):
+    """Asks torch before each call of scaled_dot_product_attention which backend it will choose for these arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            # Its arguments are those of the function, by the same names.
+            chosen = torch._fused_sdp_choice(*args, **(kwargs or {}))
+            self.names[SDPBackend(chosen).name if chosen >= 0 else "NONE"] = None
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def sdpa_choices() -> Iterator[list[str]]:
+    """A list that holds afterwards which backends SDPA chose by itself, each once. FLASH_ATTENTION, EFFICIENT_ATTENTION, CUDNN_ATTENTION, MATH."""
+    found: list[str] = []
+    with _Choices() as mode:
+        yield found
+    found.extend(mode.names)
+
+
+def chosen_by_sdpa(run: Callable[[], object]) -> str:
+    """Which backends SDPA chooses in that call, without gradients."""
+    with torch.no_grad(), sdpa_choices() as found:
+        run()
+    return ", ".join(found) or "SDPA was not called"
+
+
+def prefill_by(decoder: Any, ran: str | bool | None) -> None:
+    """Let the decoder read its prompt under `only_flash`; its steps stay free, for what they need may be another backend."""
+    plain = decoder.prefill
+
+    def prefill(ids: Tensor) -> Tensor:
+        with only_flash(ran):
+            logits: Tensor = plain(ids)
+        return logits
+
+    decoder.prefill = prefill
+
+
 def only_flash(ran: str | bool | None) -> Any:
     """A context in which SDPA has no other backend, where it has been seen to need none: so what is timed is what was seen."""
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if ran is True else nullcontext()
@@ -206,22 +252,25 @@ def measure_inference(
     need_attention(attention, str(bench.device), loop)
     model = bench.model(shape, weights, attention)
     ids = bench.ids(model, batch, prompt)
-    bench.reset_peak()
     facts: dict[str, Any] = {}
     decoder: Any
     if loop == "recorded":
         decoder = StaticDecoder(model, batch, prompt + max(new, CHECKED_STEPS))
         facts = compare(model, decoder, ids, tolerance(weights, bench.dtype))
         facts["graph"] = decoder.graph is not None
-        # What the comparison needed is no part of it.
-        bench.reset_peak()
     else:
         decoder = GrowingDecoder(model, batch)
-        if attention == "sdpa":
-            facts["flash_in_prefill"] = flash_ran(model, ids)
-            bench.reset_peak()
-    prefill, step = time_rounds(bench, decoder, prompt, new, rounds)
-    return {**in_ms("prefill", prefill), **in_ms("step", step), "peak_mib": bench.peak_mib(), **facts}
+    if attention == "sdpa":
+        facts["sdpa_backend"] = chosen_by_sdpa(lambda: decoder.prefill(ids))
+        # A recorded step does not come by Python any more; what was recorded is this.
+        step = decoder._forward if loop == "recorded" else partial(decoder.step, ids[:, -1])
+        facts["sdpa_backend_of_a_step"] = chosen_by_sdpa(step)
+        facts["flash_in_prefill"] = flash_ran(model, ids)
+        prefill_by(decoder, facts["flash_in_prefill"])
+    # What the checks needed is no part of it.
+    bench.reset_peak()
+    prefills, steps = time_rounds(bench, decoder, prompt, new, rounds)
+    return {**in_ms("prefill", prefills), **in_ms("step", steps), "peak_mib": bench.peak_mib(), **facts}
 
 
 def check_attention_agrees(model: Any, ids: Tensor, attention: str, dtype: str) -> dict[str, Any]:
@@ -250,6 +299,7 @@ def measure_training(bench: Bench, shape: str, attention: str, batch: int, lengt
     try:
         model.train()
         if attention == "sdpa":
+            facts["sdpa_backend"] = chosen_by_sdpa(lambda: model(input_ids=ids, use_cache=False))
             facts["flash"] = flash_ran(model, ids)
 
         def once() -> float:

@@ -15,9 +15,7 @@ many; `--missing` measures what the file has not. Exit code 69 where there is no
 import argparse
 import gc
 import json
-import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,16 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_cells import AGAIN, Cell, Results, Resumption, run_cells, supervise
+from gpu_cells import NO_GPU, Cell, Results, Resumption, add_options, results_folder, run_cells, say_goal, supervised
 from gpu_tables_page import page
-from shared import ROOT, cpu_name, driver_version, slug, use_checkout, versions
+from shared import cpu_name, driver_version, slug, use_checkout, versions
 
 if TYPE_CHECKING:
     from gpu_measure import Bench
 
 # torch is imported where it is used: the process that only watches another one is there at once.
 
-NO_GPU = 69
 PARTS = ("goals", "inference", "training")
 
 # Weights and attention of the models that are compared.
@@ -110,7 +107,7 @@ def all_cells(bench: "Bench", part: str, shapes: list[str]) -> Iterator[Cell]:
 
 def say(row: dict[str, Any]) -> None:
     if row["ok"] is True and "goals" in row:
-        text = "; ".join(f"{one['what']} {one['found']}" for one in row["goals"])
+        text = "; ".join(say_goal(one) for one in row["goals"])
     elif row["ok"] is True:
         units = {"step_ms": "ms a step", "batch_ms": "ms a batch", "prefill_ms": "ms prefill", "peak_mib": "MiB"}
         text = ", ".join(f"{row[key]} {unit}" for key, unit in units.items() if row.get(key) is not None)
@@ -128,12 +125,10 @@ def parse() -> argparse.Namespace:
         "--shapes", nargs="+", choices=TABLES, default=[name for name in TABLES if name != "tiny"],
         help="of the tables; goals have shapes of their own, which --shapes tiny makes tiny as well",
     )  # fmt: skip
-    arguments.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after so many")
     arguments.add_argument("--missing", action="store_true", help="only cells that the file has no figures for")
     arguments.add_argument("--out", type=Path, help="folder of the results; $OUT or evals/results by default")
     arguments.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    for internal in ("--progress", "--after", "--why", "--until"):
-        arguments.add_argument(internal, help=argparse.SUPPRESS)
+    add_options(arguments)
     return arguments.parse_args()
 
 
@@ -141,8 +136,7 @@ def main() -> int:
     options = parse()
     if options.progress is None:
         # This process has no GPU to lose: another one measures, and is started again where it dies.
-        until = ["--until", str(time.time() + options.seconds)]
-        return supervise([sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], *until])
+        return supervised(__file__, options.seconds)
     import torch
 
     on_gpu = options.device.startswith("cuda")
@@ -156,7 +150,7 @@ def main() -> int:
     import transformers
     from gpu_measure import Bench
 
-    from qlm.kernels.ops import float_activations
+    from qlm.kernels import ops
 
     transformers.logging.set_verbosity_error()
     # Recording a graph collects garbage first; what has been imported is none.
@@ -166,10 +160,13 @@ def main() -> int:
         "device": device_name, "cpu": cpu_name(), "driver": driver_version() if on_gpu else None, "cuda": torch.version.cuda,
         "capability": list(torch.cuda.get_device_capability(options.device)) if on_gpu else None,
         "memory_gib": round(torch.cuda.get_device_properties(options.device).total_memory / 2**30, 1) if on_gpu else None,
+        # Where the kernels cannot run, plain torch computes, and the figures are those of something else.
+        "kernels": {op: ops.kernel(op, "cuda" if on_gpu else "cpu") for op in ("gptq_linear", "int8_linear")},
     }  # fmt: skip
-    folder = options.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "evals" / "results")
     results = Results(
-        folder / f"gpu_tables-{slug(device_name)}.json", {"machine": machine, "versions": versions()}, page
+        results_folder(options.out) / f"gpu_tables-{slug(device_name)}.json",
+        {"machine": machine, "versions": versions()},
+        page,
     )
     bench = Bench(options.device)
     cells = list(all_cells(bench, options.part, options.shapes))
@@ -177,12 +174,12 @@ def main() -> int:
         there = {name for name, row in results.rows().items() if row["ok"] is True}
         # The cell that an earlier process died of marks where to go on.
         cells = [cell for cell in cells if cell.name not in there or cell.name == options.after]
-    resumption = Resumption(Path(options.progress), options.after, options.why)
+    resumption = Resumption.of(options)
     # On a CPU kernels of 4-bit formats would round activations, differently for one token and for many.
-    with nullcontext() if on_gpu else float_activations():
-        whole = run_cells(cells, results, resumption, device=options.device, until=float(options.until), say=say)
-    if not whole:
-        return AGAIN
+    with nullcontext() if on_gpu else ops.float_activations():
+        again = run_cells(cells, results, resumption, device=options.device, until=float(options.until), say=say)
+    if again is not None:
+        return again
     report = json.loads(results.path.read_text("utf-8"))
     tried = {cell.name for cell in cells} - set(report["left_out"])
     rows = [row for row in report["rows"] if row["name"] in tried]
@@ -199,7 +196,7 @@ def main() -> int:
         print(f"left out, the time being over: {'; '.join(report['left_out'])}")
     print(f"written: {results.path} and .md")
     print(json.dumps(summary))
-    Path(options.progress).write_text(json.dumps({"over": True}), "utf-8")
+    resumption.over()
     return 1 if summary["failed"] else 0
 
 

@@ -81,7 +81,8 @@ def page(report: dict[str, Any]) -> str:
         run = report["runs"][index]
         machine, versions = run["machine"], run["versions"]
         libraries = ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if versions.get(name))
-        parts.append(f"{machine['device']}, driver {machine['driver']}, CUDA {machine['cuda']}; {libraries}.")
+        kernels = "".join(f" {op}: {kernel}." for op, kernel in machine.get("kernels", {}).items())
+        parts.append(f"{machine['device']}, driver {machine['driver']}, CUDA {machine['cuda']}; {libraries}.{kernels}")
     goals = [row for row in rows if row["part"] == "goals"]
     if goals:
         parts += ["## Goals", goals_table(goals)]
@@ -102,9 +103,11 @@ def page(report: dict[str, Any]) -> str:
     sdpa = [row for row in rows if row["part"] == "training" and row["attention"] == "sdpa" and row["ok"] is True]
     if sdpa:
         flash = sum(row["flash"] is True for row in sdpa)
+        chosen = ", ".join(dict.fromkeys(row["sdpa_backend"] for row in sdpa if "sdpa_backend" in row))
         others = dict.fromkeys(str(row["flash"]) for row in sdpa if row["flash"] is not True)
         parts.append(
             f"Training by SDPA ran on its flash backend, no other being allowed, in {flash} of {len(sdpa)} cells."
+            + (f" Left to itself it chooses: {chosen}." if chosen else "")
             + "".join(f" Else: {why}." for why in others)
         )
     notes = dict.fromkeys(

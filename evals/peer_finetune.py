@@ -1,7 +1,7 @@
 """QLoRA as anybody writes it: transformers' model loaded by bitsandbytes in NF4, PEFT's LoRA on all linears, transformers' Trainer. No qlm.
 
     python evals/peer_finetune.py CHECKPOINT TEXT OUTPUT [--steps 12] [--batch-size 2] [--length 256] [--r 16] [--precision float32]
-                                  [--device cpu] [--gradient-checkpointing] [--threads N]
+                                  [--device cpu] [--gradient-checkpointing] [--optimizer adamw] [--threads N]
 
 TEXT is cut into rows of --length tokens. The last line printed is JSON: the moment at which each step was over, in seconds since training began,
 peak memory, trained parameters and the adapter's bytes.
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+# qlm's names, and the Trainer's.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
 class Clock(transformers.TrainerCallback):
@@ -83,6 +86,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--gradient-checkpointing", action="store_true")
+    arguments.add_argument("--optimizer", choices=OPTIMIZERS, help="by default adamw on a CPU, else adamw_8bit")
     arguments.add_argument("--threads", type=int)
     return arguments.parse_args()
 
@@ -102,7 +106,7 @@ def main() -> None:
             max_steps=options.steps,
             learning_rate=2e-4,
             lr_scheduler_type="cosine",
-            optim="adamw_torch_fused" if on_cpu else "paged_adamw_8bit",
+            optim=OPTIMIZERS[options.optimizer or ("adamw" if on_cpu else "adamw_8bit")],
             bf16=options.precision == "bfloat16",
             fp16=options.precision == "float16",
             use_cpu=on_cpu,

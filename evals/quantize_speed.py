@@ -8,13 +8,16 @@ PATH is the python of an environment with gptqmodel (evals/peer_gptqmodel.py). E
 same windows of token ids; both times go from opening the checkpoint to the last byte written, imports excepted; the peer's time
 without loading and saving stands beside them. Speed does not depend on the weights' values, so random ones will do; quality does,
 and nothing is said about it here. On a GPU qlm runs alone, and the most that torch allocated there stands beside the time. `--blocks N` takes
-only so many of the shape's blocks: each costs the same, so that a few say how long all of them will take. The last line printed is JSON.
+only so many of the shape's blocks: each costs the same, so that a few say how long all of them will take. A line on stderr tells of every block
+that is done, and beside where the report will be lies a file `.unfinished.json` with these until then: a run that is killed has not been
+in vain. The last line printed is JSON.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_cells import NO_GPU, say_goal
 from shared import (
     ROOT,
+    change_json,
     cpu_name,
     driver_version,
     slug,
@@ -37,7 +42,8 @@ from shared import (
     write_json,
 )
 
-NO_GPU = 69
+# What a line of a worker's stderr begins with that is for the report.
+PROGRESS = "progress "
 
 # The published configs, as far as they differ from transformers' defaults.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -179,7 +185,20 @@ def worker(recipe_file: Path, threads: int, device: str) -> None:
     torch.set_num_threads(threads)
     imported = status_bytes("VmRSS")
     start = time.perf_counter()
-    quantize(Recipe.model_validate_json(recipe_file.read_text()), device=device)
+
+    def tell(what: str, done: int, total: int) -> None:
+        row: dict[str, Any] = {
+            "what": what,
+            "done": done,
+            "of": total,
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        row["peak_rss_bytes"] = status_bytes("VmHWM")
+        if device != "cpu":
+            row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+        print(f"{PROGRESS}{json.dumps(row)}", file=sys.stderr, flush=True)
+
+    quantize(Recipe.model_validate_json(recipe_file.read_text()), device=device, progress=tell)
     seconds = time.perf_counter() - start
     found = {"seconds": seconds, "peak_rss_bytes": status_bytes("VmHWM"), "imports_rss_bytes": imported}
     if device != "cpu":
@@ -190,19 +209,51 @@ def worker(recipe_file: Path, threads: int, device: str) -> None:
     print(json.dumps(found))
 
 
-def run(command: list[str], threads: int, device: str = "cpu") -> dict[str, float]:
-    """The JSON of the last line that the command prints."""
+def run(
+    command: list[str], threads: int, device: str = "cpu", heard: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, float]:
+    """The JSON of the last line that the command prints. `heard` is told of its progress meanwhile."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
     }  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said: list[str] = []
+    # To a file: of two pipes one might fill up while the other is read.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        process = subprocess.Popen(
+            command,
+            stdout=printed,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+        )
+        try:
+            for line in process.stderr or ():
+                if line.startswith(PROGRESS):
+                    if heard is not None:
+                        heard(json.loads(line.removeprefix(PROGRESS)))
+                else:
+                    said.append(line)
+            code = process.wait()
+        finally:
+            # Where this process is told to end, the other one would go on.
+            process.kill()
+            process.wait()
+        printed.seek(0)
+        output = printed.read()
     try:
-        if done.returncode == 0:
-            return json.loads(done.stdout.strip().splitlines()[-1])
+        if code == 0:
+            return json.loads(output.strip().splitlines()[-1])
     except (IndexError, ValueError):
         pass
-    raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    raise SystemExit(f"{' '.join(command)}: exit code {code}\n{output[-2000:]}\n{''.join(said)[-4000:]}")
+
+
+def end_on_sigterm() -> None:
+    """As an exception, so that what should be cleared away is: `timeout` and those who lend machines end a run so."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def summary_of(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -230,7 +281,7 @@ def main() -> int:
     arguments.add_argument(
         "--out",
         type=Path,
-        help="folder for quantize_speed-gptq-SHAPE.json or quantize_speed-memory-SHAPE.json; GPU's name behind",
+        help="folder for quantize_speed-gptq-SHAPE.json or quantize_speed-memory-SHAPE.json, GPU's name behind; by default $OUT, if set",
     )
     if len(sys.argv) == 5 and sys.argv[1] == "--worker":
         use_checkout()
@@ -243,6 +294,9 @@ def main() -> int:
             return NO_GPU
         if options.peer_python is not None:
             raise SystemExit("--peer-python: the peer runs on the CPU only; leave it out on a GPU")
+    if options.out is None and os.environ.get("OUT"):
+        options.out = Path(os.environ["OUT"])
+    end_on_sigterm()
     use_checkout()
     import transformers
 
@@ -254,14 +308,56 @@ def main() -> int:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
     if options.out is not None:
-        parts = ["memory" if options.only_memory else "gptq", options.shape]
-        if options.blocks is not None:
-            parts.append(f"{options.blocks} blocks")
-        if report["gpu"] is not None:
-            parts.append(report["gpu"])
-        write_json(options.out / f"quantize_speed-{slug(' '.join(parts))}.json", report)
+        write_json(report_file(options), report)
+        unfinished_file(options).unlink(missing_ok=True)
     print(json.dumps({key: value for key, value in report.items() if key not in ("runs", "versions")}))
     return 0
+
+
+def gpu_of(options: argparse.Namespace) -> str | None:
+    return None if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+
+
+def report_file(options: argparse.Namespace) -> Path:
+    parts = ["memory" if options.only_memory else "gptq", options.shape]
+    if options.blocks is not None:
+        parts.append(f"{options.blocks} blocks")
+    gpu = gpu_of(options)
+    if gpu is not None:
+        parts.append(gpu)
+    return Path(options.out / f"quantize_speed-{slug(' '.join(parts))}.json")
+
+
+def unfinished_file(options: argparse.Namespace) -> Path:
+    return report_file(options).with_suffix(".unfinished.json")
+
+
+def progress_into(options: argparse.Namespace, facts: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """What tells of a run that goes on: a line on stderr, and a file that stays if the run does not end."""
+    rows: list[dict[str, Any]] = []
+
+    def heard(row: dict[str, Any]) -> None:
+        rows.append(row)
+        on_gpu = f", GPU {row['peak_gpu_bytes'] / 2**20:.0f} MiB" if "peak_gpu_bytes" in row else ""
+        print(
+            f"{row['what']}: {row['done']} of {row['of']}, {row['seconds']:.1f} s, {row['peak_rss_bytes'] / 2**20:.0f} MiB{on_gpu}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        if options.out is not None:
+            report = {**facts, "progress": rows, "versions": versions()}
+            change_json(unfinished_file(options), lambda _: report)
+
+    return heard
+
+
+def goals_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is promised of this run, if anything is."""
+    from gpu_goals import QUANTIZED, quantizing_goals
+
+    measured = tuple(report[key] for key in ("shape", "samples", "length"))
+    if report["gpu"] is None or measured != QUANTIZED or report["blocks"] is not None or report["bits"] != 4:
+        return []
+    return quantizing_goals(report["minutes"], report["peak_gpu_gb"])
 
 
 def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -274,7 +370,15 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     here = [
         sys.executable, str(Path(__file__).resolve()), "--worker", str(recipe_file), str(options.threads), options.device,
     ]  # fmt: skip
-    sides: dict[str, Callable[[], dict[str, float]]] = {"qlm": lambda: run(here, options.threads, options.device)}
+    on_gpu = options.device != "cpu"
+    facts: dict[str, Any] = {
+        "shape": options.shape, "device": options.device, "gpu": gpu_of(options), "driver": driver_version() if on_gpu else None,
+        "blocks": options.blocks, "samples": options.samples, "length": options.length, "bits": options.bits,
+        "group_size": options.group_size, "threads": options.threads, "cpu": cpu_name(), "checkpoint_bytes": size,
+    }  # fmt: skip
+    sides: dict[str, Callable[[], dict[str, float]]] = {
+        "qlm": lambda: run(here, options.threads, options.device, progress_into(options, facts))
+    }
     if options.peer_python is not None and not options.only_memory:
         write_windows(checkpoint, windows, options)
         there = [
@@ -298,18 +402,12 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
                 shutil.rmtree(left_over, ignore_errors=True)
             runs[side].append(once())
             found = runs[side][-1]
-            on_gpu = f"   GPU {found['peak_gpu_bytes'] / 2**20:8.0f} MiB" if "peak_gpu_bytes" in found else ""
+            of_gpu = f"   GPU {found['peak_gpu_bytes'] / 2**20:8.0f} MiB" if "peak_gpu_bytes" in found else ""
             print(
-                f"run {repeat + 1} {side:5} {found['seconds']:8.1f} s   peak {found['peak_rss_bytes'] / 2**20:8.0f} MiB{on_gpu}",
+                f"run {repeat + 1} {side:5} {found['seconds']:8.1f} s   peak {found['peak_rss_bytes'] / 2**20:8.0f} MiB{of_gpu}",
                 flush=True,
             )
-    on_gpu = options.device != "cpu"
-    report: dict[str, Any] = {
-        "shape": options.shape, "device": options.device, "gpu": torch.cuda.get_device_name(options.device) if on_gpu else None,
-        "driver": driver_version() if on_gpu else None, "blocks": options.blocks, "samples": options.samples, "length": options.length, "bits": options.bits,
-        "group_size": options.group_size, "threads": options.threads, "cpu": cpu_name(), "checkpoint_bytes": size,
-        **{side: summary_of(results) for side, results in runs.items()},
-    }  # fmt: skip
+    report: dict[str, Any] = {**facts, **{side: summary_of(results) for side, results in runs.items()}}
     peak = report["qlm"]["peak_rss_bytes"]
     report["peak_over_checkpoint"] = round(peak / size, 3)
     if on_gpu:
@@ -319,6 +417,9 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         # More than it will be: what comes once, like tokenizing the text, is counted for every block.
         share = config_of(options.shape).num_hidden_layers / options.blocks
         report["minutes_of_all_blocks_at_most"] = round(report["qlm"]["seconds"] * share / 60, 3)
+    report["goals"] = goals_of(report)
+    for one in report["goals"]:
+        print(say_goal(one))
     print(
         f"checkpoint {size / 2**20:.0f} MiB, qlm's peak {peak / 2**20:.0f} MiB: {report['peak_over_checkpoint']} of it"
     )

@@ -61,6 +61,15 @@ with g.forced("gptq-4-tile"):
 with g.forced("gptq-4-dense"):
     assert (cuda_ops.FUSED_ROWS, cuda_ops.MATVEC_ROWS) == (0, 0)
 assert before == cuda_ops.FUSED_ROWS
+# A small layer of 4 bits, beside an H200's cache; one that is larger than all that; a GPU with next to no cache.
+assert g.layers_needed(1 << 19, 60 << 20) * (1 << 19) == 4 * (60 << 20)
+assert g.layers_needed(1 << 30, 60 << 20) == 1
+assert g.layers_needed(1 << 20, 1 << 10) == 64
+few = g.parse(["--models", "opt-350m", "--rows", "1,16", "--kinds", "float,gptq-4-tile"])
+for capability, count in [((9, 0), 2 * 3 * (2 + 1)), ((7, 5), 2 * 3 * 2)]:
+    cells = list(g.cases(few, capability, 1e12))
+    assert len({cell.name for cell in cells}) == len(cells) == count
+assert cells[0].keys == {"model": "opt-350m", "layer": "q_proj", "out": 1024, "in": 1024, "kind": "float", "rows": 1, "dtype": "float16"}
 shape = {"model": "m", "layer": "l", "out": 4, "in": 8, "dtype": "float16", "rows": 1}
 figures = {"weight_gb_per_s": 100.0, "of_a_copy": 0.5, "tflops": 1.0}
 rows = [
@@ -74,6 +83,13 @@ lines = g.table(rows).splitlines()
 assert lines[3] == "| m | l | 4 x 8 | float16 | 1 | int8 | 5.0 | 0.50 | 100 | 0.50 | 1.0 |"
 assert "ValueError: wrong" in lines[4]
 assert len({line.count("|") for line in lines}) == 1
+machine = {"gpu": "G", "driver": "1", "cuda": "2", "copy_gb_per_s": 4000.0, "gptq_linear": "Triton", "int8_linear": "torch"}
+rows.append({**shape, "rows": 2, "kind": "float", "ok": None, "not_run": "out of memory"})
+page = g.page({"runs": [{"machine": machine}], "rows": [{**row, "run": 0} for row in rows], "left_out": ["x", "y"]})
+assert page.startswith("G, driver 1, CUDA 2, a copy 4000 GB/s; gptq_linear: Triton; int8_linear: torch."), page
+assert "| 2 | float | out of memory |" in page
+assert "| 0.50 | 100 |" in page
+assert "over: 2 cases" in page
 """
 
 

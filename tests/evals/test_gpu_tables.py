@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from qlm.backends import BACKENDS
 from qlm.formats.layout import in_block
+from qlm.gpu_bench import copy_bandwidth
+from qlm.kernels import ops
 from qlm.static_decoder import StaticDecoder
 from tests.evals.test_drivers import last_line, run
 
@@ -38,7 +41,15 @@ SHAPES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def evals() -> Iterator[SimpleNamespace]:
     """The driver's modules, which find each other where the driver lies."""
-    names = ("gpu_cells", "gpu_goals", "gpu_measure", "gpu_tables_page", "quantize_speed", "random_models")
+    names = (
+        "finetune_speed",
+        "gpu_cells",
+        "gpu_goals",
+        "gpu_measure",
+        "gpu_tables_page",
+        "quantize_speed",
+        "random_models",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "evals"))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -74,8 +85,11 @@ def test_all_parts(everything: tuple[dict[str, Any], Path]) -> None:
             assert 0 < row["step_ms_best"] <= row["step_ms"]
             assert row["peak_mib"] is None
             assert (row["loop"] == "recorded") == (row.get("compared_tokens") == 8 * row["batch"])
+            assert (row["attention"] == "sdpa") == (row.get("sdpa_backend") == "FLASH_ATTENTION")
+            assert (row["attention"] == "sdpa") == ("sdpa_backend_of_a_step" in row)
     (run_facts,) = report["runs"]
     assert run_facts["versions"]["torch"] == torch.__version__
+    assert run_facts["machine"]["kernels"]["gptq_linear"] == ops.kernel("gptq_linear", "cpu")
     goals = [goal for row in rows.values() for goal in row.get("goals", ())]
     assert len(goals) == 7
     assert [goal["met"] for goal in goals if goal["found"] is None] == [None]  # memory, which a CPU has no peak of
@@ -119,6 +133,9 @@ def test_without_a_gpu(
     monkeypatch.setattr(sys, "argv", ["quantize_speed.py", "tiny", "--device", "cuda", "--out", str(tmp_path)])
     assert evals.quantize_speed.main() == 69
     assert "no CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["finetune_speed.py", "tiny", "--device", "cuda", "--out", str(tmp_path)])
+    assert evals.finetune_speed.main() == 69
+    assert "no CUDA GPU" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,8 +146,8 @@ def test_what_a_cell_throws_is_a_row(evals: SimpleNamespace) -> None:
         def measure() -> dict[str, Any]:
             raise error from cause
 
-        row, alive = cells.run_cell(cells.Cell("name", {"part": "training"}, measure), "cpu")
-        assert alive
+        row, code = cells.run_cell(cells.Cell("name", {"part": "training"}, measure), "cpu")
+        assert code is None  # a CPU does not get lost
         assert (row.pop("name"), row.pop("part")) == ("name", "training")
         assert row.pop("seconds") >= 0
         return row
@@ -140,6 +157,92 @@ def test_what_a_cell_throws_is_a_row(evals: SimpleNamespace) -> None:
     full = torch.OutOfMemoryError("tried 8 GiB\nof 4")
     assert throwing(full) == {"ok": None, "not_run": "out of memory", "why": "tried 8 GiB"}
     assert throwing(RuntimeError("cannot be recorded"), full)["not_run"] == "out of memory"
+
+
+def test_a_failed_cell_on_a_gpu_asks_for_another_process(
+    evals: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended GPU that answers, and on one that does not any more."""
+    cells, answers = evals.gpu_cells, [True]
+
+    def synchronize(device: str) -> None:
+        if not answers[0]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def code_of(error: Exception | None, cause: Exception | None = None) -> tuple[int | None, Any]:
+        def measure() -> dict[str, Any]:
+            if error is not None:
+                raise error from cause
+            return {"ms": 1}
+
+        row, code = cells.run_cell(cells.Cell("name", {}, measure), "cuda")
+        return code, row.get("error")
+
+    full = torch.OutOfMemoryError("full")
+    assert code_of(None) == (None, None)
+    assert code_of(cells.NotRun("no package")) == (None, None)
+    assert code_of(full) == (None, None)
+    assert code_of(RuntimeError("while recording"), full) == (cells.RENEW, None)
+    assert code_of(ValueError("wrong")) == (cells.RENEW, "ValueError: wrong")
+    answers[0] = False
+    lost = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert code_of(None) == (cells.AGAIN, lost)
+    assert code_of(full) == (cells.AGAIN, lost)
+    assert code_of(ValueError("wrong")) == (cells.AGAIN, "ValueError: wrong")
+
+
+def test_which_backend_sdpa_chooses(evals: SimpleNamespace) -> None:
+    """torch's own choice for the arguments of the real calls: on a CPU flash for what it takes, else plain products."""
+    measure, attend = evals.gpu_measure, torch.nn.functional.scaled_dot_product_attention
+    q = torch.randn(1, 2, 8, 16)
+    with measure.sdpa_choices() as found:
+        attend(q, q, q, is_causal=True)
+        attend(q, q, q, is_causal=True)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            attend(q, key=q, value=q, attn_mask=torch.zeros(8, 8), scale=0.5)
+    assert found == ["FLASH_ATTENTION", "MATH"]
+    assert measure.chosen_by_sdpa(lambda: q @ q.mT) == "SDPA was not called"
+    model = measure.Bench("cpu").model("tiny", "float", "sdpa")
+    assert measure.chosen_by_sdpa(lambda: model(input_ids=torch.zeros(1, 8, dtype=torch.int64))) == "FLASH_ATTENTION"
+    # A decoder whose prompt may be read by flash alone does so, and is free again afterwards.
+    decoder = measure.GrowingDecoder(model, 1)
+    measure.prefill_by(decoder, True)
+    allowed = torch.backends.cuda.math_sdp_enabled
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(allowed()))
+    decoder.prefill(torch.zeros(1, 8, dtype=torch.int64))
+    decoder.step(torch.zeros(1, dtype=torch.int64))
+    assert seen == [False, True]
+
+
+def test_a_copy_is_timed_by_the_gpus_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretended: tensors stay on the CPU, and events say that each copy takes half a second."""
+    stamps: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            stamps.append(500 * len(stamps))
+            self.stamp = stamps[-1]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.stamp - self.stamp
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 << 20, 8 << 20))
+    assert copy_bandwidth(torch.device("cuda"), 3) == 2 * (1 << 20) / 0.5
+    assert len(stamps) == 6
 
 
 def test_results_are_merged(evals: SimpleNamespace, tmp_path: Path) -> None:
@@ -164,37 +267,43 @@ def test_results_are_merged(evals: SimpleNamespace, tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies_is_started_again(tmp_path: Path) -> None:
-    """One cell is killed, one never ends, one loses the device: the others are measured, and those are rows."""
+    """One cell is killed, one never ends, one loses the device, one fails: the others are measured, each failure in another process."""
     script, out = tmp_path / "script.py", tmp_path / "out.json"
     script.write_text(
-        "import argparse, json, os, sys, time\n"
+        "import argparse, json, os, sys, time, types\n"
         "from pathlib import Path\n"
         f"sys.path.insert(0, {str(ROOT / 'evals')!r})\n"
         "import gpu_cells as g\n"
-        "g.CELL_SECONDS = 2\n"
+        "g.CELL_SECONDS, g.MOST_STARTS = 2, 4\n"
         "if '--progress' not in sys.argv:\n"
         "    sys.exit(g.supervise([sys.executable, __file__]))\n"
-        "import torch\n"
+        # All that is asked of torch here, and quicker.
+        "sys.modules['torch'] = types.SimpleNamespace(OutOfMemoryError=MemoryError)\n"
         "parser = argparse.ArgumentParser()\n"
         "for name in ('progress', 'after', 'why'): parser.add_argument('--' + name)\n"
         "o = parser.parse_args()\n"
         "def lose(): raise RuntimeError('an illegal memory access')\n"
-        "run = g.run_cell\n"
-        "g.run_cell = lambda cell, device: (run(cell, device)[0], cell.name != 'lost')\n"
+        "print('process')\n"
+        "codes = {'lost': g.AGAIN, 'failed': g.RENEW, 'failed too': g.RENEW}\n"
+        "run = lambda cell, device: (g.run_cell(cell, device)[0], codes.get(cell.name))\n"
         "cells = [g.Cell(name, {'n': n}, measure) for n, (name, measure) in enumerate([\n"
         "    ('first', lambda: {'ms': 1}), ('killed', lambda: os.kill(os.getpid(), 9)), ('second', lambda: {'ms': 2}),\n"
-        "    ('endless', lambda: time.sleep(60)), ('lost', lose), ('third', lambda: {'ms': 3})])]\n"
+        "    ('endless', lambda: time.sleep(60)), ('lost', lose), ('failed', lose), ('failed too', lose),\n"
+        "    ('third', lambda: {'ms': 3})])]\n"
         f"results = g.Results(Path({str(out)!r}), {{}})\n"
-        "done = g.run_cells(cells, results, g.Resumption(Path(o.progress), o.after, o.why), device='cpu', until=time.time() + 60,\n"
-        "                   say=lambda row: print(row['name']))\n"
-        "if not done: sys.exit(g.AGAIN)\n"
-        "Path(o.progress).write_text(json.dumps({'over': True}))\n"
+        "resumption = g.Resumption.of(o)\n"
+        "again = g.run_cells(cells, results, resumption, device='cpu', until=time.time() + 60, run=run,\n"
+        "                    say=lambda row: print(row['name']))\n"
+        "if again is not None: sys.exit(again)\n"
+        "resumption.over()\n"
         "sys.exit(3)\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["first", "killed", "second", "endless", "lost", "third"]
+    assert list(rows) == ["first", "killed", "second", "endless", "lost", "failed", "failed too", "third"]
+    # Three are lost, of which four would be too many; those that only fail are not counted.
+    assert done.stdout.count("process\n") == 6
     assert [rows[name]["ms"] for name in ("first", "second", "third")] == [1, 2, 3]
     assert rows["killed"] == {
         "name": "killed", "n": 1, "ok": False, "error": "the process died: signal 9", "run": 0
@@ -272,6 +381,24 @@ def test_goals(evals: SimpleNamespace) -> None:
     )
     assert goal("a", 0.4, 0.5, 0.75, more=True)["met"] is False
     assert goal("a", None, 0.5, 0.75)["met"] is None
+    say = evals.gpu_cells.say_goal
+    assert say(goal("a", 1.2, 1.5, 0.8)) == "a: found 1.2, at least 1.5, aim 0.8, met"
+    assert say(goal("a", 1.6, 1.5, 0.8)).endswith("missed")
+    assert say(goal("a", None, 1.5, 0.8)) == "a: found None, at least 1.5, aim 0.8, not measured"
+
+
+def test_goals_of_runs_with_files(evals: SimpleNamespace) -> None:
+    """They hold for one shape, whole, on a GPU."""
+    whole = {
+        "gpu": "G", "shape": "opt-6.7b", "samples": 128, "length": 2048, "bits": 4, "blocks": None, "minutes": 9.0, "peak_gpu_gb": 13.0
+    }  # fmt: skip
+    goals_of = evals.quantize_speed.goals_of
+    assert [(one["goal"], one["aim"], one["met"]) for one in goals_of(whole)] == [(10, 4, True), (12, 8, False)]
+    for change in ({"gpu": None}, {"blocks": 2}, {"shape": "opt-1.3b"}, {"bits": 3}, {"samples": 4}):
+        assert goals_of({**whole, **change}) == []
+    (one,) = evals.finetune_speed.goals_of({"gpu": "G", "shape": "pythia-1.4b", "step_ratio": 0.9})
+    assert (one["goal"], one["aim"], one["met"], one["aim_met"]) == (1.0, 0.85, True, False)
+    assert evals.finetune_speed.goals_of({"gpu": None, "shape": "pythia-1.4b", "step_ratio": 0.9}) == []
 
 
 def test_the_page_says_what_failed(evals: SimpleNamespace) -> None:
