@@ -450,7 +450,10 @@ class TestPlaces:
         """`ulimit -f`: the kernel's signal would end the process without a word."""
         (tmp_path / "r.yaml").write_text(recipe_text(folder_of("opt"), tmp_path / "out", "int8", text_file))
         process = command(
-            "quantize", tmp_path / "r.yaml", "--quiet", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2)
+            "quantize",
+            tmp_path / "r.yaml",
+            "--quiet",
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2),
         )
         out, err = process.communicate()
         assert (process.returncode, out) == (73, "")
