@@ -1,6 +1,6 @@
 """Measurements by name that may fail, hang or take the process with them, one after the other, each on disk as soon as it is known.
 
-A GPU that is lent by the minute has to be used to the last one: a kernel that crashes leaves the process without its GPU, one that never ends
+Time on a GPU is short: a kernel that crashes leaves the process without its GPU, one that never ends
 would keep it, and a package may not be there. So the cells run in a process of their own, which a second one, without torch's help,
 starts again behind the cell that it died of (`supervise`), or that failed there: a failed capture of a graph may leave torch's allocator in
 a state in which later cells fail too. What a cell throws is a row that says so (`run_cell`); a budget of seconds ends the run between two

@@ -38,6 +38,7 @@ from gpu_cells import (
     NO_GPU,
     RENEW,
     Cell,
+    NotRun,
     Ran,
     Resumption,
     add_options,
@@ -95,10 +96,6 @@ KL_GROWTH = 0.2
 KL_FLOOR = 1e-4
 # Rounding to nearest is the same operations on the same numbers.
 CODES_DIFFER_NEAREST = 1e-4
-
-
-class NotRun(Exception):
-    """A check that cannot run here, and why."""
 
 
 class CaptureFailed(Exception):

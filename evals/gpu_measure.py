@@ -1,7 +1,8 @@
 """How long a model's steps take on a GPU and what memory they need: decoding, with a cache that grows or by qlm's recorded steps, and training.
 
 What is to be timed is checked first: recorded steps against a growing cache, an attention implementation against eager, and whether SDPA
-can run on its flash backend alone; where it can, it is timed so. What it chooses by itself is recorded beside. Times are medians over rounds behind one that warms up, the best beside them. A CPU does all of it too, for tests.
+can run on its flash backend alone; where it can, it is timed so, and what it chooses by itself is recorded beside. Times are medians over
+rounds behind one that warms up, the best beside them. A CPU does all of it too, for tests.
 """
 
 import gc

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Everything that is to be measured on a GPU, in three commands that take less than ten minutes each:
+# The goals, all checks and the most important tables on a GPU, in three commands of less than ten minutes each:
 #
 #     bash evals/gpu_session.sh 1 [WHEELS]     goals; every check; a step of QLoRA beside plain PEFT's
 #     bash evals/gpu_session.sh 2 [WHEELS]     GPTQ of OPT-6.7B's shape: two blocks, then all of it
 #     bash evals/gpu_session.sh 3 [WHEELS]     the end of that; kernels one by one; tables of inference and training
 #
-# WHEELS is a folder that gpu_wheels.py filled (.whl); without one the packages must be there. For a machine that is lent: it has no network,
-# a command is ended after ten minutes, and what it left in $OUT is all that comes back, at most 8 files. So every driver writes as it goes
-# and has a budget. What an earlier part has found is taken up again from evals/results, where it was put.
+# WHEELS is a folder that gpu_wheels.py filled (.whl); without one the packages must be there. For a machine without a network, where a
+# command may take ten minutes and $OUT alone, of 8 files at most, comes back: every driver writes as it goes and has a budget. What an earlier part has found is taken up again from evals/results, where it was put.
 #
 # Environment: OUT, where results go (out/gpu); PYTHON (python3); LIMIT, the seconds of a part (570); STATE, a folder that outlives a command
 # but not the machine (/tmp/qlm-gpu-session); DRY=1, the same commands on a CPU with tiny shapes, which tests this script.

@@ -27,7 +27,8 @@ BESIDE = (("fast", "gptqmodel", 1 / 3), ("balanced", "gptqmodel", 1.5), ("best",
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Median seconds of each preset over the other's, by checkpoint and format, where both were measured."""
+    """Median seconds of each preset over the other's, by checkpoint and format, where both were measured; `allowed` is the most that
+    qlm means to take."""
     found = []
     for checkpoint, name in dict.fromkeys((row["checkpoint"], row["format"]) for row in rows):
         seconds: dict[str, list[float]] = {}
@@ -59,10 +60,12 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--out", type=Path, default=ROOT / "evals" / "results" / "quality_seconds.json")
     options = arguments.parse_args()
+    if options.gptqmodel_python is None and options.autoround_python is None:
+        arguments.error(
+            "give --gptqmodel-python, --autoround-python or both: without them there is nothing to set qlm beside"
+        )
     # What a subject and the sides ask for besides; nothing is judged here.
-    vars(options).update(
-        windows=2, text=None, calibration=None, dataset=None, device="cpu", seconds=True, seeds=[0]
-    )  # fmt: skip
+    vars(options).update(windows=2, text=None, calibration=None, dataset=None, device="cpu", seconds=True, seeds=[0])
     return options
 
 
@@ -82,7 +85,8 @@ def main() -> int:
                     way = known[f"{side}-{name}"]
                     try:
                         version = way.version()
-                    except LeftOut:
+                    except LeftOut as reason:
+                        print(f"{side}-{name}: left out: {reason}", flush=True)
                         continue
                     with tempfile.TemporaryDirectory(prefix="quality-") as work:
                         # The peers compare logits on the first seed, after their clock has stopped.

@@ -130,7 +130,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         return " · ".join(part for part in (bits, f"{found['bytes'] / 1e6:.2f}", seconds) if part)
 
     def beside_best(best: str, side: str, checkpoint: str, found: dict[str, Any]) -> str:
-        """With the ratio of the calibration seeds, and of the version, that both have: other sources would be told apart, too."""
+        """KL, and its ratio to `best`'s over the calibration seeds that both have; none where sources differ."""
         versions = {row["version"] for row in rows if (row["checkpoint"], row["side"]) == (checkpoint, side)}
         ratio = ratio_of(rows, checkpoint, side, best, versions.pop()) if len(versions) == 1 else None
         return in_table(found["kl"], found["kl_spread"]) + ("" if ratio is None else f" ({ratio[0]:.3f})")

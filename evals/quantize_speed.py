@@ -252,7 +252,7 @@ def run(
 
 
 def end_on_sigterm() -> None:
-    """As an exception, so that what should be cleared away is: `timeout` and those who lend machines end a run so."""
+    """As an exception, so that what should be cleared away is: `timeout` ends a run so."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 

@@ -317,6 +317,7 @@ def _check_svd(base: Any, chosen: Sequence[str], float_weight: Callable[[str], T
             raise UsageError(
                 f"adapter.initialization: svd repairs what quantizing took, and {path} is not quantized; use standard"
             )
+        # What is neither is NF4.
         bits = linear.bits if isinstance(linear, GptqLinear) else 8 if isinstance(linear, Int8Linear) else 4
         if bits > SVD_BITS:
             raise UsageError(

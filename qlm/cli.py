@@ -335,7 +335,7 @@ def recipes(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """List the recipes that come with qlm, or copy one."""
+    """List the recipes that come with qlm, and accelerate's configurations (`qlora/accelerate/...`), or copy one."""
     from qlm.shipped import copy_recipe, list_recipes
 
     if name is None:
@@ -412,7 +412,8 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; give it again for several.")] = None,
     no_graphs: Annotated[
-        bool, typer.Option("--no-graphs", help="Do not record steps as a CUDA graph (GPUs only).")
+        bool,
+        typer.Option("--no-graphs", help="Launch each step anew instead of recording it as a CUDA graph (GPUs only)."),
     ] = False,
     adapter: AdapterFolder = None,
     revision: Revision = None,

@@ -304,7 +304,9 @@ def check_device(device: str) -> None:
     if kind == "cuda" and not torch.cuda.is_available():
         raise Unavailable(f"device: {device!r}, but torch sees no CUDA GPU here; use 'cpu'")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise Unavailable(f"device: {device!r}, but torch sees {torch.cuda.device_count()} here; the first is cuda:0")
+        raise Unavailable(
+            f"device: {device!r}, but torch sees {torch.cuda.device_count()} CUDA GPUs here, numbered from cuda:0"
+        )
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"device: {device!r}; expected 'cpu', 'cuda' or 'cuda:N'")
 

@@ -2,7 +2,7 @@
 
 The figures are estimates from shapes. Memory and disk are counted tensor by tensor, as the code allocates them, and err on the high
 side; time comes from a matrix product timed here and now, and is good to a factor of two. On a GPU blocks, activations and models are in
-its memory; the process itself has a block's tensors on their way to and from the disk.
+its memory; the process itself has a block's tensors on their way to and from the disk, and what is known of the samples kept aside.
 """
 
 import math
@@ -48,7 +48,7 @@ class Plan:
     Attributes:
         quantize_memory, evaluate_memory: peak of the process in each step; evaluating holds the float and the quantized model.
         disk: of the finished output.
-        gpu_quantize_memory, gpu_evaluate_memory, gpu_memory_available: the same of the GPU's memory; 0 on a CPU.
+        gpu_quantize_memory, gpu_evaluate_memory, gpu_memory_available: the same of the GPU's memory; None on a CPU.
     """
 
     linears: int
@@ -59,17 +59,16 @@ class Plan:
     disk_free: int
     quantize_seconds: float
     evaluate_seconds: float
-    gpu_quantize_memory: int = 0
-    gpu_evaluate_memory: int = 0
-    gpu_memory_available: int = 0
+    gpu_quantize_memory: int | None = None
+    gpu_evaluate_memory: int | None = None
+    gpu_memory_available: int | None = None
 
     @property
     def memory(self) -> int:
         return max(self.quantize_memory, self.evaluate_memory)
 
     def to_json(self) -> dict[str, Any]:
-        facts = {name: value for name, value in asdict(self).items() if self.gpu_memory_available or "gpu" not in name}
-        return {**facts, "memory": self.memory}
+        return {**{name: value for name, value in asdict(self).items() if value is not None}, "memory": self.memory}
 
 
 def available_memory() -> int:
@@ -168,9 +167,10 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
     # A shard is serialized in memory before it is written, and the embedding likewise.
     reading = max(3 * shard + 12 * largest[0] * largest[1], 3 * outside_weights * dtype.itemsize)
     quantize_memory: float = reading
+    aside = 0
     quantize_seconds = sum(numel.values()) / 2e8
     if recipe.quantize.needs_calibration:
-        quantize_memory, quantize_seconds = _calibrated(
+        quantize_memory, quantize_seconds, aside = _calibrated(
             recipe, source, block, chosen, shapes, block_weights, outside_weights, shard, len(blocks), device
         )
     if layers is not None:
@@ -184,10 +184,10 @@ def plan(recipe: Recipe, device: str = "cpu") -> Plan:
         evaluate_memory = floats + quantized + 6 * 4 * BATCH_TOKENS * max(largest)
         tokens = (recipe.evaluate.windows or 150) * window_length(recipe.evaluate.length, _positions(source))
         evaluate_seconds = 3 * tokens * sum(numel.values()) / matmul_rate(compute, device)
-    on_device = (0, 0, 0)
+    on_device: tuple[int, int, int] | tuple[None, None, None] = (None, None, None)
     if on_gpu:
         on_device = int(quantize_memory), int(evaluate_memory), torch.cuda.mem_get_info(device)[0]
-        quantize_memory = reading
+        quantize_memory = reading + aside
         evaluate_memory = 3 * 4 * max(numel.values()) if recipe.evaluate is not None else 0
     return Plan(
         linears=len(chosen),
@@ -228,8 +228,9 @@ def _calibrated(
     shard: int,
     blocks: int,
     device: str,
-) -> tuple[float, float]:
-    """Memory and time of calibrated quantizing: the stream, one block, `first`, the Hessians of one stage, and the solver's copies."""
+) -> tuple[float, float, int]:
+    """Memory and time of calibrated quantizing: the stream, one block, `first`, the Hessians of one stage, and the solver's copies; and of
+    that memory what the samples kept aside take."""
     assert recipe.calibration is not None
     compute = calibration_dtype(device)
     length = window_length(recipe.calibration.length, _positions(source))
@@ -238,20 +239,22 @@ def _calibrated(
     sides = 2 if recipe.quantize.follows_float else 1
     # Concatenating the batches holds both for a moment; after that comes the float model's copy.
     stream = 2 * tokens * hidden * compute.itemsize
-    hessians, largest_group, products = 0, 0, 0
+    hessians, aside, largest_group, products = 0, 0, 0, 0
     stages = stages_of(source.spec, source.config)
     for stage in stages:
-        in_stage = 0
+        in_stage = aside_here = 0
         for group in stage:
             names = [f"{first}.{linear}" for linear in group.linears]
             if any(name in chosen for name in names):
                 inputs = shapes[f"{names[0]}.weight"][1]
                 rows = sum(shapes[f"{name}.weight"][0] for name in names)
                 # Products with itself and with the float stream, of the samples to fit to and of those kept aside.
-                in_stage += 4 * inputs * inputs * sides * (2 if recipe.quantize.holds_out else 1)
+                sums = 4 * inputs * inputs * sides
+                aside_here += sums if recipe.quantize.holds_out else 0
+                in_stage += sums * (2 if recipe.quantize.holds_out else 1)
                 largest_group = max(largest_group, 4 * HESSIAN_COPIES * inputs * inputs + 7 * 4 * rows * inputs)
                 products += tokens * inputs * inputs + 2 * inputs**3 + 40 * rows * inputs * inputs // 32
-        hessians = max(hessians, in_stage)
+        hessians, aside = max(hessians, in_stage), max(aside, aside_here)
     widest = max(max(shape) for name, shape in shapes.items() if name.startswith(f"{first}."))
     activations = 8 * compute.itemsize * BATCH_TOKENS * widest + 4 * BATCH_TOKENS * widest
     block = stream + sides * block_weights * compute.itemsize + 2 * shard
@@ -263,7 +266,7 @@ def _calibrated(
     # A sweep over the codes costs about as much as the solver.
     solving = sides * products * (1 + recipe.quantize.sweeps / 4)
     seconds = blocks * (solving / matmul_rate(torch.float32, device) + forward / matmul_rate(compute, device) + learned)
-    return max(memory, embedding), seconds
+    return max(memory, embedding), seconds, aside
 
 
 def _learning(
@@ -375,7 +378,7 @@ def refuse_if_too_large(recipe: Recipe, needs: Plan) -> None:
             (need, needs.memory_available, here, "a larger machine"),
             (of_gpu, needs.gpu_memory_available, "on the GPU", "the CPU"),
         ):
-            if needed > available:
+            if needed is not None and available is not None and needed > available:
                 raise Unavailable(
                     f"{what} {recipe.model} needs about {gigabytes(needed)} of memory, and {gigabytes(available)} are "
                     f"available {where}; {advice}, or use {other}"

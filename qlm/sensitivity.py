@@ -234,9 +234,11 @@ def refuse_too_small(model: Any, layers: Sequence[Layer], section: QuantizeRecip
     if smallest > budget:
         # Up, so that what is named is enough.
         least = math.ceil(8000 * smallest / weights) / 1000
+        all_bits = READERS[section.reader].bits == READERS["gptqmodel"].bits
+        of_reader = "" if all_bits else f" for reader {section.reader}"
         raise UsageError(
             f"quantize.{section.budget_key or 'bits'}: found {8 * budget / weights:.3f} stored bits per weight; allowed: at least "
-            f"{least:.3f}, the least that these linears can take"
+            f"{least:.3f}, the least that these linears can take{of_reader}"
         )
 
 

@@ -226,7 +226,7 @@ class Stream:
             kept = aside.pop(group).finish(None) if group in aside else None
             if kept is not None:
                 _refuse_not_finite(kept, name)
-                # Looked at once, and as large as what is solved with.
+                # Looked at once, and as large as what is solved with: it need not fill a GPU's memory.
                 kept = kept.to("cpu")
             found[group] = replace(fitted.pop(group).finish(kept), absmax=largest[group].float() if absmax else None)
             _refuse_not_finite(found[group], name)

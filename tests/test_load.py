@@ -249,7 +249,7 @@ class TestPlaces:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         check_device("cuda")
         check_device("cuda:1")
-        with pytest.raises(Unavailable, match="'cuda:2', but torch sees 2 here"):
+        with pytest.raises(Unavailable, match="'cuda:2', but torch sees 2 CUDA GPUs here"):
             check_device("cuda:2")
 
     def test_flash_attention_on_an_old_gpu_or_in_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ class AdapterRecipe(Section):
     initialization: Initialization = Field(
         "standard",
         description="`standard`: B is zero, so that training starts from the base as it is. `svd`: A and B start as the best rank-r "
-        "repair of what quantizing lost; for 3 bits and less: beside `quantize: {backend: gptq, bits: 3, quality: fast}`, or `bits: 2`.",
+        "repair of what quantizing lost. It gained at 2 bits and lost at 3 on the demo models (evals/LOG.md). Beside `quantize: {backend: gptq, bits: 2, quality: fast}`, or `bits: 3`.",
     )
 
     @model_validator(mode="before")

@@ -285,8 +285,8 @@ class QuantizeRecipe(Section):
     )
     reader: Reader = Field(
         "gptqmodel",
-        description="Software that must be able to load the result, beside qlm: what it cannot is refused. `gptqmodel`: nothing. `vllm`: 2 and 3 "
-        "bits, zero points, and OPT's q, k and v with different settings. `transformers`: settings of single linears.",
+        description="Software that must be able to load the result, beside qlm. Refused with `gptqmodel`: nothing; with `vllm`: 2 and 3 bits, "
+        "zero points, and OPT's q, k and v with different settings; with `transformers`: settings of single linears, and `damp: 1.0`.",
     )
 
     @model_validator(mode="after")

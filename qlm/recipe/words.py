@@ -145,7 +145,8 @@ class Words(Generic[Root]):
             is_missing = detail["type"] == "missing"
             instead: KeyPath | None = None
             if detail["type"] == "qlm":
-                instead = None if context["instead"] is None else (*path, context["instead"])
+                if context["instead"] is not None:
+                    instead = (*path, context["instead"])
                 if context["key"]:
                     path, is_key = (*path, *context["key"]), True
                 message = context["message"]

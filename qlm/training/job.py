@@ -64,8 +64,10 @@ class Process:
         """As the launcher's environment says (torchrun's variables, which accelerate sets as well).
 
         Raises:
-            UsageError: FSDP on a CPU, or with settings that would train otherwise than the recipe says.
+            UsageError: FSDP on a CPU, or with settings that would train otherwise than the recipe says; DeepSpeed.
         """
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise UsageError("accelerate's configuration asks for DeepSpeed; allowed here: MULTI_GPU (DDP) or FSDP")
         count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         found = torch.device(device)
         sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -196,14 +196,15 @@ class TrainingLoop(Trainer):
             data_collator=functools.partial(collate, pad_id=job.pad_id),
         )
         if process.sharded:
-            self._check_sharding()
+            self._prepare_sharding()
         from transformers.trainer_callback import PrinterCallback
 
         # It prints every record to stdout.
         self.remove_callback(PrinterCallback)
         self.add_callback(_watch_class()(self))
 
-    def _check_sharding(self) -> None:
+    def _prepare_sharding(self) -> None:
+        """See that accelerate shards, and keep it from rounding what it holds. Raises Unavailable where it chose another way."""
         if not self.accelerator.is_fsdp2:
             raise Unavailable(
                 f"accelerate's configuration asks for FSDP2, and accelerate chose {self.accelerator.distributed_type}; use torchrun "

@@ -109,7 +109,7 @@ def plan_job(recipe: FinetuneRecipe, job: Job, process: Process) -> TrainingPlan
     quantizing = base_quantizing_recipe(recipe)
     if quantizing is not None and not Path(recipe.base_output).exists():
         needs = plan(quantizing, str(process.device))
-        of_base = needs.quantize_memory if on_cpu else needs.gpu_quantize_memory
+        of_base = needs.quantize_memory if needs.gpu_quantize_memory is None else needs.gpu_quantize_memory
         memory, disk, seconds = max(memory, of_base), disk + needs.disk, needs.quantize_seconds
     per_step = tokens * train.gradient_accumulation * process.count
     lost = shortened(job.facts, job.max_length)

@@ -372,19 +372,8 @@ def _matmul(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["parts", "rows"])
 def _finish(  # type: ignore[no-untyped-def]
-    sums,
-    scales,
-    zero_points,
-    weight_scales,
-    row_sums,
-    bias,
-    out,
-    rows,
-    N,
-    parts,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    sums, scales, zero_points, weight_scales, row_sums, bias, out, rows, N, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row_inside, column_inside = row < rows, column < N

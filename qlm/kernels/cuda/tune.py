@@ -55,7 +55,7 @@ def run(key: Hashable, variant: Hashable, count: int, launch: Callable[[int], Te
 
 
 def rows_class(rows: int) -> int:
-    """1, 2, 4, 16, 64, ... 4096: token counts up to this one share a choice."""
+    """The smallest of 1, 2, 4, 16, 64, ... 4096 that holds so many tokens, at most 4096; these share a choice."""
     if rows <= 2:  # two tokens share what is read and are not yet a tile
         return rows
     most = 4
