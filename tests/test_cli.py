@@ -883,7 +883,7 @@ class TestSmallCommands:
 
         schema, yaml = json_schema(), YAML(typ="safe", pure=True)
         schema_of_training = finetune_json_schema()
-        shipped = sorted((ROOT / "recipes").rglob("*.yaml"))
+        shipped = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "accelerate"]
         assert len(shipped) >= 57
         for path in shipped:
             kind = schema_of_training if "qlora" in path.parts else schema
