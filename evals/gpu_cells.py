@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,6 +171,17 @@ class Results:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         return {row["name"]: row for row in json.loads(self.path.read_text("utf-8"))["rows"]}
+
+    def missing(self, cells: "Iterable[Cell]", after: str | None) -> "list[Cell]":
+        """Those that have no figures here; and `after`, which an earlier process died of, for it marks where to go on."""
+        there = {name for name, row in self.rows().items() if row["ok"] is True}
+        return [cell for cell in cells if cell.name not in there or cell.name == after]
+
+    def of_last_call(self, cells: "Iterable[Cell]") -> tuple[list[dict[str, Any]], list[str]]:
+        """The rows of those cells that the last call tried, and the names of those that it left out."""
+        value = json.loads(self.path.read_text("utf-8"))
+        tried = {cell.name for cell in cells} - set(value["left_out"])
+        return [row for row in value["rows"] if row["name"] in tried], value["left_out"]
 
 
 @dataclass(frozen=True)

@@ -321,18 +321,14 @@ def main() -> int:
     results = Results(options.out / f"gpu_kernels-{slug(name)}.json", run, page)
     cells = list(cases(options, capability, bandwidth))
     if options.missing:
-        there = {name for name, row in results.rows().items() if row["ok"] is True}
-        # The case that an earlier process died of marks where to go on.
-        cells = [cell for cell in cells if cell.name not in there or cell.name == options.after]
+        cells = results.missing(cells, options.after)
     again = run_cells(cells, results, resumption, device="cuda", until=float(options.until), say=say)
     if again is not None:
         return again
-    report = json.loads(results.path.read_text("utf-8"))
-    tried = {cell.name for cell in cells} - set(report["left_out"])
-    rows = [row for row in report["rows"] if row["name"] in tried]
+    rows, left_out = results.of_last_call(cells)
     summary = {
         "gpu": name, "cases": len(rows), "failed": [row["name"] for row in rows if row["ok"] is False],
-        "left_out": len(report["left_out"]),
+        "left_out": len(left_out),
     }  # fmt: skip
     print(f"written: {results.path} and .md")
     print(json.dumps(summary))

@@ -171,29 +171,27 @@ def main() -> int:
     bench = Bench(options.device)
     cells = list(all_cells(bench, options.part, options.shapes))
     if options.missing:
-        there = {name for name, row in results.rows().items() if row["ok"] is True}
-        # The cell that an earlier process died of marks where to go on.
-        cells = [cell for cell in cells if cell.name not in there or cell.name == options.after]
+        cells = results.missing(cells, options.after)
     resumption = Resumption.of(options)
     # On a CPU kernels of 4-bit formats would round activations, differently for one token and for many.
     with nullcontext() if on_gpu else ops.float_activations():
         again = run_cells(cells, results, resumption, device=options.device, until=float(options.until), say=say)
     if again is not None:
         return again
-    report = json.loads(results.path.read_text("utf-8"))
-    tried = {cell.name for cell in cells} - set(report["left_out"])
-    rows = [row for row in report["rows"] if row["name"] in tried]
+    rows, left_out = results.of_last_call(cells)
     summary = {
         "device": device_name,
         "cells": len(rows),
         "ok": sum(row["ok"] is True for row in rows),
         "failed": [row["name"] for row in rows if row["ok"] is False],
         "not_run": sum(row["ok"] is None for row in rows),
-        "left_out": len(report["left_out"]),
-        "goals": {one["what"]: [one["found"], one["met"]] for row in report["rows"] for one in row.get("goals", ())},
+        "left_out": len(left_out),
+        "goals": {
+            one["what"]: [one["found"], one["met"]] for row in results.rows().values() for one in row.get("goals", ())
+        },
     }
-    if report["left_out"]:
-        print(f"left out, the time being over: {'; '.join(report['left_out'])}")
+    if left_out:
+        print(f"left out, the time being over: {'; '.join(left_out)}")
     print(f"written: {results.path} and .md")
     print(json.dumps(summary))
     resumption.over()

@@ -215,10 +215,8 @@ class _Work:
 
     def as_multiplied(self, group: LinearGroup) -> Callable[[Tensor], Tensor] | None:
         """What all of a group's linears make of their input before they multiply it, if anything."""
-        settings = [self.chosen[name] for name in self.names(group)]
-        if any(how.input_16bit for how in settings):
-            return None
-        return BACKENDS[settings[0].backend].as_multiplied
+        rounds = [_as_multiplied(self.chosen[name]) for name in self.names(group)]
+        return rounds[0] if all(rounds) else None
 
     def rounds_activations(self) -> bool:
         """Whether it matters how large single activations are."""
@@ -312,6 +310,11 @@ def set_float(block: nn.Module, name: str, value: Tensor) -> None:
         block.get_parameter(name).copy_(value)
 
 
+def _as_multiplied(settings: LinearSettings) -> Callable[[Tensor], Tensor] | None:
+    """What a linear makes of its input before it multiplies it, if anything."""
+    return None if settings.input_16bit else BACKENDS[settings.backend].as_multiplied
+
+
 def use_dequantized(
     block: nn.Module,
     linear: str,
@@ -328,7 +331,7 @@ def use_dequantized(
     dequantized = backend.dequantize(tensors, (weight.shape[0], weight.shape[1]), backend.format(settings, dtype))
     with torch.no_grad():
         weight.copy_(dequantized)
-    rounds = None if settings.input_16bit else backend.as_multiplied
+    rounds = _as_multiplied(settings)
     if rounds is None:
         return
 

@@ -16,6 +16,7 @@ from tests.training.runs import jsonl
 # The gradients of two processes are added after each has added its own: fp32 sums in another order, which Adam's first steps, in
 # which small gradients count as much as large ones, make larger.
 SAME_CURVE = 2e-4
+NF4 = {"backend": "nf4", "double_quant": True}
 CONFIGURATIONS = ROOT / "recipes" / "qlora" / "accelerate"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 # Port 0: any that is free.

@@ -13,6 +13,7 @@ from tests.conftest import files_of
 from tests.training.launched import (
     ACCELERATE,
     CONFIGURATIONS,
+    NF4,
     launch,
     of_different_lengths,
     said,
@@ -21,7 +22,6 @@ from tests.training.launched import (
     settings,
 )
 
-NF4 = {"backend": "nf4", "double_quant": True}
 BASES: dict[str, dict[str, Any]] = {"float": {}, "nf4": {"quantize": NF4}}
 
 

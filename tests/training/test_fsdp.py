@@ -20,6 +20,7 @@ from tests.conftest import files_of
 from tests.training.launched import (
     ACCELERATE,
     CONFIGURATIONS,
+    NF4,
     launch,
     of_different_lengths,
     said,
@@ -29,7 +30,6 @@ from tests.training.launched import (
 )
 from tests.training.runs import jsonl
 
-NF4 = {"backend": "nf4", "double_quant": True}
 ON_CPUS = """
 from contextlib import nullcontext
 import accelerate.state
