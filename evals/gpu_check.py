@@ -5,9 +5,10 @@
     python evals/gpu_check.py --merge FILE ...                one report of several, of processes that ran side by side with other --only
 
 Random-weight models of every variant of the three families (tests/tiny_models.py), each task class, each backend, each attention
-implementation, in float32, bfloat16 and float16, against the CPU's float32 result of the same folder; the three ops and the
-backends' modules, forward and backward; the Triton kernels one by one, in every configuration that may be chosen, twice to the bit and
-in a CUDA graph; and GPTQ, NF4 and int8 quantized on the GPU against quantized on the CPU.
+implementation, in float32, bfloat16 and float16, without padding and with some on either side, against the CPU's float32 result of the same
+folder with eager attention; the three ops and the backends' modules, forward and backward; the Triton kernels one by one, in every
+configuration that may be chosen, twice to the bit and in a CUDA graph; greedy tokens of recorded steps; and GPTQ, NF4 and int8 quantized
+on the GPU against quantized on the CPU.
 
 A difference is the largest absolute one, in units of the reference's root mean square. The tolerances below say how large it may be
 and why. The CPU computes with float activations, as the GPU does, not with the int8 ones of its kernels of 4-bit formats. What cannot
@@ -98,6 +99,12 @@ KL_FLOOR = 1e-4
 CODES_DIFFER_NEAREST = 1e-4
 
 
+# Tokens of a row that are padding, and their id.
+PADDING, PAD = 7, 1
+# Tokens that are written where texts are compared.
+NEW_TOKENS = 24
+
+
 class CaptureFailed(Exception):
     """A CUDA graph could not be captured; torch's allocator may not be what it was."""
 
@@ -177,7 +184,7 @@ class Checkpoints:
             spec = SPECS[model.config.model_type]
             if task != "causal-lm":
                 # The classes for sequences look for the last token that is no padding.
-                model.config.pad_token_id, model.config.num_labels = 1, 3
+                model.config.pad_token_id, model.config.num_labels = PAD, 3
                 headed = model_class(spec, task)(model.config).eval()  # type: ignore[arg-type]
                 headed.load_state_dict(model.state_dict(), strict=False)
                 torch.manual_seed(1)
@@ -215,24 +222,43 @@ class Checkpoints:
         return path
 
     def reference(self, variant: str, task: str, backend: str) -> Tensor:
-        """The CPU's result in float32."""
+        """The CPU's result in float32, with eager attention."""
         from qlm.load import load
 
         key = (variant, task, backend)
         if key not in self._references:
             folder = self.quantized_folder(variant, task, backend)
-            self._references[key] = outputs(load(folder, task=task, dtype="float32"))  # type: ignore[arg-type]
+            model = load(folder, task=task, dtype="float32", attn_implementation="eager")  # type: ignore[arg-type]
+            self._references[key] = outputs(model, padded=True)
         return self._references[key]
 
 
 @torch.no_grad()
-def outputs(model: Any, rows: int = 2) -> Tensor:
-    """Every floating-point output of the model for some rows of tokens, as one vector, float32 on the CPU."""
-    ids = tiny_models().token_ids(batch=rows).to(next(model.parameters()).device)
-    result = model(input_ids=ids, use_cache=False)
-    values = [value for value in result.values() if isinstance(value, Tensor) and value.is_floating_point()]
-    assert values
-    return torch.cat([value.float().flatten().cpu() for value in values])
+def outputs(model: Any, rows: int = 2, padded: bool = False) -> Tensor:
+    """Every floating-point output of the model for some rows of tokens, as one vector, float32 on the CPU; with `padded` also for the same
+    rows with padding on the left of one, and on its right, which no output is taken from."""
+    ids = tiny_models().token_ids(batch=rows)
+    masks: list[Tensor | None] = [None]
+    for kept in (slice(PADDING, None), slice(None, -PADDING)) if padded else ():
+        mask = torch.ones_like(ids)
+        mask[-1] = 0
+        mask[-1, kept] = 1
+        masks.append(mask)
+    device, found = next(model.parameters()).device, []
+    for mask in masks:
+        if mask is None:
+            result = model(input_ids=ids.to(device), use_cache=False)
+        else:
+            # Where a sequence ends is told by its ids too, to the classes that classify it.
+            given = ids.masked_fill(mask == 0, PAD)
+            result = model(input_ids=given.to(device), attention_mask=mask.to(device), use_cache=False)
+        for value in result.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value = value.float().cpu()
+                of_tokens = mask is not None and value.shape[: mask.ndim] == mask.shape
+                found.append((value[mask.bool()] if of_tokens and mask is not None else value).flatten())
+    assert found
+    return torch.cat(found)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -250,7 +276,40 @@ def check_model(
     model = load(folder, task=task, device=device, dtype=dtype, attn_implementation=attention)  # type: ignore[arg-type]
     special = {"int8": INT8_MODEL_TOLERANCE, "quanto": QUANTO_MODEL_TOLERANCE}
     tolerance = special.get(backend.partition("-")[0], MODEL_TOLERANCE)[dtype]
-    return Result(difference(outputs(model), reference), tolerance)
+    return Result(difference(outputs(model, padded=True), reference), tolerance)
+
+
+@torch.no_grad()
+def check_text(checkpoints: Checkpoints, variant: str, backend: str, dtype: str, device: str) -> Result:
+    """The most likely tokens, by steps of fixed shape, recorded and not, and with a cache that grows; and what `generate` draws twice."""
+    from qlm.generate import generate
+    from qlm.load import load, load_tokenizer
+    from qlm.static_decoder import GrowingDecoder, StaticDecoder
+
+    need(backend)
+    folder = checkpoints.quantized_folder(variant, "causal-lm", backend)
+    model = load(folder, device=device, dtype=dtype)
+    ids = tiny_models().token_ids(batch=2, length=12).to(device)
+
+    def greedy(decoder: Any) -> Tensor:
+        logits, found = decoder.prefill(ids), []
+        for _ in range(NEW_TOKENS):
+            found.append(logits.argmax(-1))
+            logits = decoder.step(found[-1])
+        return torch.stack(found, 1)
+
+    recorded, plain = (greedy(StaticDecoder(model, 2, 12 + NEW_TOKENS, record)) for record in (True, False))
+    if not torch.equal(recorded, plain):
+        raise ValueError("a recorded step gives other tokens than the same step launched kernel by kernel")
+    drawn = [
+        generate(model, load_tokenizer(folder), "The", max_new_tokens=NEW_TOKENS, top_p=0.9, num_return_sequences=2, seed=0, graphs=graphs)
+        for graphs in (None, None, False)
+    ]  # fmt: skip
+    if drawn[0] != drawn[1] or drawn[0] != drawn[2]:
+        raise ValueError(f"texts of one seed differ: {drawn}")
+    # In 16 bits the masked attention's other order of sums may let the second most likely token come first, and all after it differ.
+    differ = (greedy(GrowingDecoder(model)) != recorded).float().mean().item()
+    return Result(differ, 0.0 if dtype == "float32" else 1.0)
 
 
 def check_flash(checkpoints: Checkpoints, variant: str, dtype: str, device: str) -> Result:
@@ -440,6 +499,32 @@ def check_int8_kernels(symmetric: bool, dtype: str, device: str) -> Result:
     return largest(found, LAYER_TOLERANCE[dtype])
 
 
+def check_columns(order: str, device: str) -> Result:
+    """GPTQ and its sweeps with the kernels, against the CPU: codes may tip over, the loss may not grow."""
+    from qlm.kernels import cuda_ops
+    from qlm.numerics.columns import TORCH, Columns
+    from qlm.numerics.gptq import factorize_in_order, gptq, row_losses
+    from qlm.numerics.refine import refine
+
+    the_gpu(device)
+    found = cuda_ops.columns(torch.device(device, torch.device(device).index or 0))
+    assert found is not None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
+    weight, hessian = torch.randn(300, 512, generator=generator), x.T @ x / 2048
+    exact = factorize_in_order(hessian, order, 128, 0.01)
+    losses = []
+    for place, columns in ((device, Columns(*found)), ("cpu", TORCH)):
+        W, H = weight.to(place), hessian.to(place)
+        factor = factorize_in_order(H, order, 128, 0.01)
+        result = gptq(
+            W, factor, bits=3, group_size=128, symmetric=True, search=True, static=order == "static", columns=columns
+        )  # fmt: skip
+        result = refine(W, H, 0.01, result.codes, result.scale, result.zero_point, result.g_idx, 3, 2, columns=columns)
+        losses.append(row_losses(weight - result.dequantize().cpu(), exact).sum().item())
+    return Result(losses[0] / losses[1] - 1, 0.01)
+
+
 def check_repeated(
     run: Callable[[Tensor, str], Tensor], in_features: int, tokens: int, dtype: str, device: str
 ) -> Result:
@@ -474,6 +559,8 @@ def kept_on(op: Callable[..., Tensor], *tensors: Tensor, **settings: Any) -> Cal
 def kernel_checks(device: str, dtypes: tuple[str, ...]) -> Iterator[Check]:
     from qlm.kernels.ops import gptq_linear, int8_linear, int8_row_sum
 
+    for order in ("gar", "act", "static"):
+        yield f"quantize columns {order}", partial(check_columns, order, device)
     for dtype in dtypes:
         for bits in (2, 3, 4, 8):
             for shuffled, group_size in ((False, 128), (True, 128), (False, 32), (False, 1024), (False, 384)):
@@ -620,6 +707,12 @@ def all_checks(checkpoints: Checkpoints, device: str, few: bool) -> Iterator[Che
                 if task != "causal-lm":
                     for backend in ["float"] if few else ["float", *backends]:
                         yield model(variant, task, backend, "sdpa", dtype)
+
+    for dtype in dtypes:
+        for variant in FAMILIES:
+            for backend in ("float",) if few else ("float", "int8", "nf4", "gptq-4bit", "gptq-3bit"):
+                name = f"text {variant} {backend} {dtype}"
+                yield name, partial(check_text, checkpoints, variant, backend, dtype, device)
 
     for dtype in ("bfloat16",) if few else ("bfloat16", "float16"):
         for variant in FAMILIES:

@@ -33,7 +33,7 @@ quantize=(evals/quantize_speed.py opt-6.7b --device cuda --samples 128 --length 
 blocks=2
 # Texts of gpu_check's --only, one process each: together they name every check. Most of the time goes into compiling kernels, on one core.
 checks=("kernels gptq 2-bit" "kernels gptq 3-bit" "kernels gptq 4-bit" "kernels gptq 8-bit" "kernels int8" "repeated" "op " "module "
-    "model opt" "model neox" "model bigcode" "flash " "quantize opt" "quantize neox" "quantize bigcode")
+    "model opt" "model neox" "model bigcode" "flash " "text " "quantize columns" "quantize opt" "quantize neox" "quantize bigcode")
 if [[ $DRY ]]; then
     device=cpu
     tables+=(--device cpu --shapes tiny)

@@ -1,15 +1,15 @@
-"""Text from a prompt, by transformers' own generation loop with every setting given here.
+"""Text from a prompt: a model's logits, options on them, a token of each sequence, and its text, again and again.
 
-A model's generation_config (what its folder says about sampling) is set aside for the time of a call: transformers
-would fill from it whatever is not set, and add its own defaults (top_k 50) on top. Here an option that is not given
-means "off".
+Tokens are those of transformers' `model.generate` for the same settings and seed, to the last one. But an option that is
+not given means "off": neither a model's generation_config (what its folder says about sampling) counts, nor
+transformers' own defaults (top_k 50).
 
 What it refuses: a prompt that leaves no room in the model's positions, more new tokens than there is room for, options
 that contradict each other, and logits that are NaN or infinite (a sampler would draw from garbage).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from qlm.engine.options import Options
 from qlm.engine.text import TextWriter
 from qlm.errors import DataError, UsageError
 from qlm.evaluate import evaluation_mode, text_ids
-from qlm.static_decoder import StaticDecoder, can_decode, decoding_with
+from qlm.static_decoder import Decoder, GrowingDecoder, StaticDecoder, can_decode
 
 # New tokens from which on recording a step, which takes a few steps' time, is worth it.
 WORTH_RECORDING = 16
@@ -78,37 +78,16 @@ def generate(
     ends = _end_ids(model, tokenizer)
     writers = [TextWriter(partial(_decode, tokenizer), ends, stop, stream) for _ in range(num_return_sequences)]
 
-    from transformers import GenerationConfig
-
     device = model.get_input_embeddings().weight.device
     fixed = graphs or (device.type == "cuda" and max_new_tokens >= WORTH_RECORDING and can_decode(model))
-    sampling: dict[str, Any] = {"temperature": float(temperature), "top_k": top_k or 0, "top_p": top_p or 1.0}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        num_return_sequences=num_return_sequences,
-        repetition_penalty=float(repetition_penalty),
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,  # fills rows that ended early; their writers take no more
-        use_cache=not fixed,  # the decoder's own is none of the loop's
-        **({} if greedy else sampling),
-    )
-    with ExitStack() as inside:
-        for context in (evaluation_mode(model), _own_settings_aside(model), _seeded(seed)):
-            inside.enter_context(context)
+    inner = _inside(model)
+    with evaluation_mode(model), _seeded(seed):
+        decoder: Decoder
         if fixed:
-            # PEFT's wrapper calls the model inside, whose linears have the adapter.
-            inner = getattr(model, "get_base_model", lambda: model)()
             decoder = StaticDecoder(inner, num_return_sequences, len(ids) + max_new_tokens, graphs is not False)
-            inside.enter_context(decoding_with(decoder))
-        batch = torch.tensor([ids], device=device)
-        model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            generation_config=config,
-            logits_processor=[_refuse_not_finite],
-            stopping_criteria=[_Watch(writers)],
-        )
+        else:
+            decoder = GrowingDecoder(inner)
+        _write(decoder, torch.tensor([ids] * num_return_sequences, device=device), options, writers)
     return [writer.end() for writer in writers]
 
 
@@ -132,17 +111,16 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([*([] if first is None else [first]), *several]))
 
 
-@contextmanager
-def _own_settings_aside(model: Any) -> Iterator[None]:
-    """The model's generation_config replaced by an empty one inside."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _inside(model: Any) -> Any:
+    """The model that PEFT's wrapper calls, whose linears have the adapter; one without is itself."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        raise UsageError(
+            f"adapter: found {config.peft_type.value}, which changes prompts; expected LoRA or another that changes linears"
+        )
+    return model.get_base_model()
 
 
 @contextmanager
@@ -155,26 +133,88 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _refuse_not_finite(ids: Tensor, logits: Tensor) -> Tensor:
-    if not bool(logits.isfinite().all()):
-        raise DataError(
-            f"logits are NaN or infinite after {ids.shape[1]} tokens; "
-            "float16 may have overflowed: try bfloat16 or float32"
-        )
-    return logits
+def _write(decoder: Decoder, ids: Tensor, options: Options, writers: Sequence[TextWriter]) -> None:
+    """What follows ids int64 [B, T], a row for each writer. Rows that have ended are computed on, until all have."""
+    changes, cuts = _processors(options)
+    # A GPU computes the next step while the host takes this token into its text. Where that ends the last text, the step was
+    # in vain; a CPU, which would gain nothing, makes it afterwards.
+    ahead = ids.device.type == "cuda"
+    logits = decoder.prefill(ids)
+    for left in reversed(range(options.max_new_tokens)):
+        scores = logits.to(ids.device, torch.float32)
+        for change in changes:
+            scores = change(ids, scores)
+        finite = scores.isfinite().all(dim=-1)
+        for cut in cuts:
+            scores = cut(ids, scores)
+        tokens = scores.argmax(-1) if options.greedy else _draw(scores)
+        read = _reading(tokens.masked_fill(~finite, -1))
+        if left and ahead:
+            logits = decoder.step(tokens)
+        found = read()
+        if min(found) < 0:
+            raise DataError(
+                f"logits are NaN or infinite after {ids.shape[1]} tokens; "
+                "float16 may have overflowed: try bfloat16 or float32"
+            )
+        for writer, index in zip(writers, found, strict=True):
+            writer.put(index)
+        if all(writer.ended for writer in writers):
+            return
+        if left and not ahead:
+            logits = decoder.step(tokens)
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
+
+
+def _processors(options: Options) -> tuple[list[Any], list[Any]]:
+    """transformers' own, in the order of its `generate`: those that leave finite scores finite, and those that put -inf in the place of what
+    is not to be drawn. Each takes ids int64 [B, T] and scores float32 [B, V]."""
+    from transformers import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    changes: list[Any] = []
+    if options.repetition_penalty != 1.0:
+        changes.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+    if options.temperature != 1.0:
+        changes.append(TemperatureLogitsWarper(float(options.temperature)))
+    cuts: list[Any] = []
+    if options.top_k is not None:
+        cuts.append(TopKLogitsWarper(options.top_k))
+    if options.top_p is not None and options.top_p < 1.0:
+        cuts.append(TopPLogitsWarper(float(options.top_p)))
+    return changes, cuts
+
+
+def _draw(scores: Tensor) -> Tensor:
+    """Ids int64 [B] by scores float32 [B, V]; any of them where scores are NaN.
+
+    The index of the largest p / q, with q from Exp(1), is drawn by p. So does torch.multinomial, with the same numbers
+    (github.com/pytorch/pytorch/issues/11931); but it also looks for NaN, and finding one on a GPU, it makes that useless to this process.
+    """
+    p = scores.softmax(-1)
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+
+def _reading(ids: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy ids to the host; what is returned waits for the copy, and for nothing that is launched after it."""
+    if ids.device.type != "cuda":
+        return ids.tolist
+    # To pinned memory: torch takes it for copies that the host does not wait for.
+    copy = ids.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(ids.device))
+
+    def read() -> list[int]:
+        copied.synchronize()
+        found: list[int] = copy.tolist()
+        return found
+
+    return read
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-class _Watch:
-    """What transformers' generation asks after each token which rows have ended: a `TextWriter` for each row."""
-
-    def __init__(self, writers: list[TextWriter]) -> None:
-        self.writers = writers
-
-    def __call__(self, ids: Tensor, scores: Any, **more: Any) -> Tensor:
-        for writer, index in zip(self.writers, ids[:, -1].tolist(), strict=True):
-            writer.put(index)
-        return torch.tensor([writer.ended for writer in self.writers], device=ids.device)

@@ -1,19 +1,18 @@
-"""Decoding with a cache of fixed size, so that a step is the same kernels on the same memory every time: on a GPU it is recorded once as
-a CUDA graph and replayed, without the gaps in which a GPU waits for Python to launch the next kernel.
+"""A model that reads a prompt and then token after token, with its keys and values in a cache: one of fixed size, or one that grows.
+
+With the fixed size a step is the same kernels on the same memory every time: on a GPU it is recorded once as a CUDA graph and replayed,
+without the gaps in which a GPU waits for Python to launch the next kernel.
 
 The model is transformers' own and computes what it always computes; only where keys and values lie, and which of them count, is
 different (a mask over the whole cache in the place of a cache that grows).
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qlm.calibrate import instead_of_forward
 from qlm.errors import Unavailable, UsageError
 
 # Steps before the recording: libraries allocate workspaces and kernels are tuned at their first calls.
@@ -31,8 +30,43 @@ def can_decode(model: Any) -> bool:
     return model.config._attn_implementation in ATTENTIONS and len({p.device for p in model.parameters()}) == 1
 
 
+class Decoder(Protocol):
+    """Sequences of one length side by side, without padding; no gradients."""
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Begin anew with ids int64 [B, T]: logits [B, V] of the last."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append ids int64 [B]: logits [B, V]."""
+
+
+class GrowingDecoder:
+    """A `Decoder` with transformers' cache that grows: any attention, and a model on one device or on several."""
+
+    cache: Any
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+        return self._append(ids)
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self._append(ids[:, None])
+
+    @torch.no_grad()
+    def _append(self, ids: Tensor) -> Tensor:
+        # Without a mask, where nothing is padded, and with the positions that follow from the cache, which are the model's default.
+        found = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = found.logits[:, -1]
+        return logits
+
+
 class StaticDecoder:
-    """Decodes `batch` sequences of one length side by side, without padding.
+    """A `Decoder` of `batch` sequences with a cache of fixed size.
 
     Attributes:
         length: positions that the cache holds, at least those asked for.
@@ -56,8 +90,6 @@ class StaticDecoder:
                 f"attention: found {attention} on {devices}; steps of fixed shape need {' or '.join(ATTENTIONS)}, on one device"
             )
         self.model, self.batch = model, batch
-        # Its own, also while `decoding_with` puts another in its place.
-        self._call = model.forward
         self.length = -(-length // _UNIT) * _UNIT
         self.position = 0
         self.graph: Any = None
@@ -103,7 +135,7 @@ class StaticDecoder:
     def _forward(self) -> Tensor:
         """One step on what lies in `_ids` and `_place`: logits [B, V]."""
         mask = torch.where(self._columns <= self._place, self._seen, self._unseen)
-        found: Tensor = self._call(
+        found: Tensor = self.model(
             input_ids=self._ids,
             position_ids=self._place.expand(self.batch, 1),
             attention_mask=mask.expand(self.batch, 1, 1, self.length),
@@ -120,17 +152,12 @@ class StaticDecoder:
         Raises:
             UsageError: they do not fit into the cache.
         """
-        from transformers import DynamicCache
-
         if ids.shape[1] > self.length:
             raise UsageError(f"{ids.shape[1]} tokens: the cache was made for {self.length}; make a longer one")
-
         # With a cache that grows the prompt's attention is the fast one, over itself alone and without a mask.
-        grown: Any = DynamicCache(config=self.model.config)
-        logits: Tensor = self._call(input_ids=ids, past_key_values=grown, use_cache=True, logits_to_keep=1).logits[
-            :, -1
-        ]
-        for fixed, layer in zip(self._cache.layers, grown.layers, strict=True):
+        growing = GrowingDecoder(self.model)
+        logits = growing.prefill(ids)
+        for fixed, layer in zip(self._cache.layers, growing.cache.layers, strict=True):
             fixed.keys[:, :, : ids.shape[1]] = layer.keys
             fixed.values[:, :, : ids.shape[1]] = layer.values
         self._go_to(ids.shape[1])
@@ -172,21 +199,3 @@ def _cache_of(layers: int, length: int, place: Tensor) -> Any:
 def _recording_stream(device: torch.device) -> Any:
     """One for all graphs: cuBLAS keeps a workspace for every stream that it has ever seen."""
     return torch.cuda.Stream(device)
-
-
-@contextmanager
-def decoding_with(decoder: StaticDecoder) -> Iterator[None]:
-    """Inside, transformers' generation loop on the decoder's model, told to use no cache, runs on the decoder: one text, or several side by
-    side, each call of the model with all ids so far."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    begun = False
-
-    def forward(input_ids: Tensor, **others: Any) -> Any:
-        nonlocal begun
-        logits = decoder.step(input_ids[:, -1]) if begun else decoder.prefill(input_ids)
-        begun = True
-        return CausalLMOutputWithPast(logits=logits[:, None])
-
-    with instead_of_forward(decoder.model, forward):
-        yield

@@ -42,6 +42,19 @@ class _Side:
         self.attended: dict[int, Tensor] = {}
 
 
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Inside, GPUs multiply in TF32, eight times as fast as in fp32: factors have 11 bits, as many as a float16, and products and sums are
+    fp32's. Sums over all tokens are most of the arithmetic of quantizing, and no more exact than the activations that they are of."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 class _Sums:
     """What is summed up over the tokens of a linear's input; `finish` divides."""
 
@@ -67,12 +80,14 @@ class _Sums:
         self.tokens += len(x)
         if self.about_mean:
             x = x - self.origin
-        if not cpu_ops.add_gram_(self.hessian, x):
-            add_gram_(self.hessian, x)
         self.sum += x.sum(0, dtype=torch.float32)
         other = lag if target is None or self.target_origin is None else target - self.target_origin
-        if other is not None and self.product is not None and self.other_sum is not None:
-            self.product.addmm_(other.T, x)
+        with _tf32():
+            if not cpu_ops.add_gram_(self.hessian, x):
+                add_gram_(self.hessian, x)
+            if other is not None and self.product is not None:
+                self.product.addmm_(other.T, x)
+        if other is not None and self.other_sum is not None:
             self.other_sum += other.sum(0)
 
     def finish(self, held_out: Statistics | None) -> Statistics:

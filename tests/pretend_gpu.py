@@ -17,14 +17,30 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 GPU = torch.device("cuda", 0)
-# They take a tensor of either device beside one of the other: copies, and an index on the CPU into a tensor on a GPU.
-_TAKES_BOTH = {"copy_", "__getitem__", "__setitem__", "set_", "index_put_"}
+# They take a tensor of either device beside one of the other: copies, an index on the CPU into a tensor on a GPU, and what puts a module there.
+_TAKES_BOTH = {
+    "copy_",
+    "__getitem__",
+    "__setitem__",
+    "set_",
+    "index_put_",
+    "_has_compatible_shallow_copy_type",
+    "__set__",
+}
 # They give Python's or numpy's values of a tensor on the CPU alone.
 _CPU_ONLY = {"numpy", "__array__", "__dlpack__"}
 
 
 class MixedDevices(AssertionError):
     """What torch would refuse on a machine with a GPU."""
+
+
+class PretendEvent:
+    """All is done when it is asked for."""
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 class PretendGpu(TorchFunctionMode):
@@ -132,7 +148,7 @@ def _storage(tensor: Tensor) -> Any:
 
 @contextmanager
 def pretend_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendGpu]:
-    """Inside, torch has one GPU."""
+    """Inside, torch has one GPU, which launches no kernels of ours."""
     said: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -146,6 +162,8 @@ def pretend_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendGpu]:
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "set_device": lambda device: None,
+        "current_stream": lambda device=None: None,
+        "Event": PretendEvent,
     }
     autocast, generator, gpu = torch.autocast, torch.Generator, PretendGpu()
 
@@ -158,5 +176,10 @@ def pretend_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendGpu]:
             gpu.generators.append(made)
         return made
 
-    with mock.patch.multiple(torch.cuda, **said), mock.patch.multiple(torch, autocast=cast, Generator=draw), gpu:
+    with (
+        mock.patch.multiple(torch.cuda, **said),
+        mock.patch.multiple(torch, autocast=cast, Generator=draw),
+        mock.patch("qlm.kernels.cuda_ops._gpu", return_value=None),
+        gpu,
+    ):
         yield gpu

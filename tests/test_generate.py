@@ -1,15 +1,27 @@
-"""Generation against a hand-written loop over the reference, options, limits, streaming."""
+"""Generation against transformers' own and a hand-written loop over the reference, options, limits, streaming."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import accelerate.hooks
+import peft
 import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from qlm.arch import FAMILIES
 from qlm.engine import reference
+from qlm.engine.options import Options
+from qlm.engine.text import TextWriter
 from qlm.errors import DataError, UsageError
 from qlm.evaluate import text_ids
-from qlm.generate import generate
+from qlm.generate import _draw, _write, generate
+from qlm.static_decoder import GrowingDecoder, StaticDecoder
 from tests import tiny_models
+from tests.pretend_gpu import PretendEvent, PretendGpu, pretend_gpu
 from tests.test_evaluate import make_tokenizer
 
 PROMPT = "The cat sat on the mat"
@@ -39,6 +51,27 @@ def greedy_by_reference(
     return ids[start:]
 
 
+def by_transformers(
+    model: Any, tokenizer: PreTrainedTokenizerFast, *, tokens: int, seed: int = 0, greedy: bool = False, **given: Any
+) -> list[str]:
+    """transformers' own loop, with every setting given and none from elsewhere; rows are cut before the first EOS."""
+    ids = torch.tensor([text_ids(tokenizer, PROMPT, FAMILIES[model.config.model_type]).tolist()])
+    more = model.config.eos_token_id
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *(more if isinstance(more, list) else [])]))
+    sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    model.generation_config = GenerationConfig()
+    config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=not greedy, eos_token_id=ends, pad_token_id=ends[0], **{**sampling, **given}
+    )
+    torch.manual_seed(seed)
+    rows = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[:, ids.shape[1] :]
+    texts = []
+    for row in rows.tolist():
+        end = min((row.index(index) for index in ends if index in row), default=len(row))
+        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
+    return texts
+
+
 @pytest.fixture(params=tiny_models.FAMILIES)
 def both(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
     return pair(request.param)
@@ -52,6 +85,91 @@ def test_greedy_is_argmax_over_the_reference(variant: str, penalty: float) -> No
     assert len(expected) > 3
     found = generate(model, tokenizer, PROMPT, max_new_tokens=20, greedy=True, repetition_penalty=penalty)
     assert found == [tokenizer.decode(expected, skip_special_tokens=True)]
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "top_k": 30},
+    {"top_p": 0.8},
+    {"temperature": 1.4, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("ends", ["seldom", "often"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"greedy": True},
+        {"greedy": True, "repetition_penalty": 1.7},
+        *({**each, "num_return_sequences": rows} for each in SAMPLING for rows in (1, 3)),
+    ],
+    ids=str,
+)
+def test_tokens_are_those_of_transformers(both: tuple, options: dict[str, Any], ends: str) -> None:
+    model, tokenizer = both
+    if ends == "often":
+        model.config.eos_token_id = list(range(4, 40))
+    wanted = by_transformers(model, tokenizer, tokens=24, seed=4, **options)
+    for graphs in (False, True):
+        found = generate(model, tokenizer, PROMPT, max_new_tokens=24, graphs=graphs, seed=4, **options)
+        assert found == wanted
+    if options.get("num_return_sequences") == 3:
+        assert (min(map(len, wanted)) < 20) == (ends == "often")
+
+
+@pytest.mark.parametrize("variant", tiny_models.FAMILIES)
+def test_a_model_with_hooks_or_an_adapter(variant: str) -> None:
+    """accelerate's hooks carry what a call is given from device to device."""
+    model, tokenizer = pair(variant)
+    wanted = by_transformers(model, tokenizer, tokens=12)
+    for module in model.modules():
+        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True))
+    assert generate(model, tokenizer, PROMPT, max_new_tokens=12, seed=0) == wanted
+
+    model, tokenizer = pair(variant)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    found = generate(adapted, tokenizer, PROMPT, max_new_tokens=12, seed=0)
+    assert found == by_transformers(adapted, tokenizer, tokens=12)
+    assert found != wanted
+
+
+def test_an_adapter_that_changes_prompts() -> None:
+    model, tokenizer = pair("opt")
+    learned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UsageError, match=r"adapter: found PROMPT_TUNING, .* expected LoRA"):
+        generate(peft.get_peft_model(model, learned), tokenizer, PROMPT, max_new_tokens=4)
+
+
+def test_a_draw_is_multinomials() -> None:
+    torch.manual_seed(0)
+    for scores in torch.randn(50, 4, 300) * 3:
+        scores[:, 7] = float("-inf")
+        torch.manual_seed(1)
+        found, state = _draw(scores), torch.get_rng_state()
+        torch.manual_seed(1)
+        assert torch.equal(found, torch.multinomial(scores.softmax(-1), 1)[:, 0])
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_is_done_to_logits_waits_for_nothing() -> None:
+    """On a GPU the host waits for the ids alone (`test_a_gpu_computes_while_the_host_reads`), and so may launch the next step."""
+    logits = torch.randn(2, 300)
+    decoder = SimpleNamespace(prefill=lambda ids: logits, step=lambda ids: logits)
+    options = Options(3, 0.7, 20, 0.9, 1.2, 2, None, False, ())
+    writers = [TextWriter(str, ()), TextWriter(str, ())]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _write(decoder, torch.ones(2, 4, dtype=torch.int64), options, writers)
+    called = {event.key for event in profile.key_averages()}
+    assert {"aten::topk", "aten::cumsum", "aten::gather", "aten::exponential_"} <= called
+    assert not called & {
+        "aten::item",
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::equal",
+        "aten::_assert_async",
+    }
+    assert all(writer.text for writer in writers)
 
 
 def test_seed_reproduces_and_leaves_the_random_state(both: tuple) -> None:
@@ -267,3 +385,108 @@ def test_dropout_is_off(both: tuple) -> None:
     model.train()
     assert generate(model, tokenizer, PROMPT, max_new_tokens=12, greedy=True) == expected
     assert model.training
+
+
+def logged(log: list[str], name: str, true: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any) -> Any:
+        log.append(name)
+        return true(*args)
+
+    return called
+
+
+@contextmanager
+def watched(device: str) -> Iterator[list[str]]:
+    """What is done inside, in order: "begin" a model reads its prompt, "step", "copy" begins to copy ids from the GPU, "wait" for that."""
+    log: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for decoder in (GrowingDecoder, StaticDecoder):
+            patch.setattr(decoder, "step", logged(log, "step", decoder.step))
+        # The fixed cache's prompt is read by one that grows.
+        patch.setattr(GrowingDecoder, "prefill", logged(log, "begin", GrowingDecoder.prefill))
+        patch.setattr(PretendEvent, "record", logged(log, "copy", PretendEvent.record))
+        patch.setattr(PretendEvent, "synchronize", logged(log, "wait", PretendEvent.synchronize))
+        with pretend_gpu() if device == "cuda" else nullcontext() as gpu:
+            yield log
+        if isinstance(gpu, PretendGpu):
+            # Nothing else has brought a value to the host.
+            assert not gpu.operations.keys() & {"item", "tolist", "__bool__", "__int__", "__float__", "nonzero"}
+
+
+# Few tokens are not worth a recording, so that their cache grows.
+@pytest.mark.parametrize("tokens", [10, 20])
+def test_a_gpu_computes_while_the_host_reads(both: tuple, tokens: int) -> None:
+    model, tokenizer = both
+    ids = greedy_by_reference(model, tokenizer, tokens, penalty=1.7)
+    end = next(i for i in range(4, tokens - 1) if ids[i] not in ids[:i])
+    options = {"max_new_tokens": tokens, "greedy": True, "repetition_penalty": 1.7, "graphs": False}
+    with watched("cuda") as whole:
+        assert generate(model.to("cuda"), tokenizer, PROMPT, **options) == [tokenizer.decode(ids)]
+    # Never one more than there is room for.
+    assert whole == ["begin", *["copy", "step", "wait"] * (tokens - 1), "copy", "wait"]
+    model.config.eos_token_id = [ids[end]]
+    with watched("cuda") as ended:
+        assert generate(model.to("cuda"), tokenizer, PROMPT, **options) == [tokenizer.decode(ids[:end])]
+    assert ended == ["begin", *["copy", "step", "wait"] * (end + 1)]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_cpu_makes_no_step_in_vain(both: tuple, graphs: bool) -> None:
+    model, tokenizer = both
+    ids = greedy_by_reference(model, tokenizer, 20)
+    end = next(i for i in range(4, 19) if ids[i] not in ids[:i])
+    for ends, steps in ([], 19), ([ids[end]], end):
+        model.config.eos_token_id = ends
+        with watched("cpu") as log:
+            generate(model, tokenizer, PROMPT, max_new_tokens=20, greedy=True, graphs=graphs)
+        assert log == ["begin", *["step"] * steps]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_a_reader_that_breaks_off(both: tuple, error: type[BaseException], device: str) -> None:
+    model, tokenizer = both
+    options: dict[str, Any] = {"max_new_tokens": 20, "seed": 4}
+    wanted = generate(model, tokenizer, PROMPT, **options)
+    model.train()
+    own, state = set(vars(model)), torch.get_rng_state()
+    pieces: list[str] = []
+
+    def stream(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise error
+
+    with pytest.raises(error), watched(device):
+        generate(model.to(device), tokenizer, PROMPT, stream=stream, graphs=False, **options)
+    assert model.training
+    assert set(vars(model)) == own
+    assert torch.equal(state, torch.get_rng_state())
+    assert generate(model, tokenizer, PROMPT, **options) == wanted
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_logits_that_end_being_finite(both: tuple, greedy: bool, device: str) -> None:
+    """In one row of several, after some tokens; they are refused before the row's text goes on."""
+    model, tokenizer = both
+    length = len(text_ids(tokenizer, PROMPT, FAMILIES[model.config.model_type]))
+    true, calls = GrowingDecoder.step, []
+
+    def broken(self: GrowingDecoder, ids: torch.Tensor) -> torch.Tensor:
+        calls.append(ids)
+        logits = true(self, ids)
+        if len(calls) == 3:
+            logits[-1, 5] = float("nan" if greedy else "-inf")
+        return logits
+
+    options: dict[str, Any] = {"greedy": True} if greedy else {"seed": 0, "num_return_sequences": 3, "top_k": 5}
+    with mock.patch.object(GrowingDecoder, "step", broken), pytest.raises(DataError) as raised, watched(device):
+        generate(model.to(device), tokenizer, PROMPT, max_new_tokens=12, **options)
+    assert str(raised.value).startswith(f"logits are NaN or infinite after {length + 3} tokens; ")
+    assert len(calls) == (4 if device == "cuda" else 3)
+
+
+def test_a_temperature_that_floats_cannot_divide_by() -> None:
+    with pytest.raises(DataError, match="logits are NaN or infinite"):
+        generate(*pair("opt"), PROMPT, max_new_tokens=4, temperature=1e-45, seed=0)

@@ -16,7 +16,7 @@ import qlm
 from qlm.errors import UsageError
 from qlm.generate import generate
 from qlm.recipe import load_recipe
-from qlm.static_decoder import StaticDecoder, can_decode, decoding_with
+from qlm.static_decoder import GrowingDecoder, StaticDecoder, can_decode
 from tests import tiny_models
 from tests.conftest import FAMILIES
 from tests.test_generate import PROMPT, pair
@@ -111,25 +111,27 @@ def test_generate(variant: str, with_adapter: bool, options: dict[str, Any]) -> 
     assert generate(model, tokenizer, PROMPT, max_new_tokens=24, graphs=False, **options) == wanted
 
 
-def test_an_error_leaves_the_model_as_it_was() -> None:
-    model = tiny_models.build(FAMILIES[0])
-    decoder, ids = StaticDecoder(model, 1, 8), tiny_models.token_ids(1, 4)
-    before = model(ids).logits
-    with pytest.raises(KeyboardInterrupt), decoding_with(decoder):
-        raise KeyboardInterrupt
-    assert torch.equal(model(ids).logits, before)
-    assert "forward" not in vars(model)
-
-
-def test_one_text_after_the_other() -> None:
-    """A second prompt that is one token longer than the first text is a prompt."""
-    model, ids = tiny_models.build(FAMILIES[0]), tiny_models.token_ids(2, 9)
-    decoder = StaticDecoder(model, 1, 12)
-    for prompt in (ids[:1, :5], ids[1:, :6]):
-        wanted = model(prompt).logits[:, -1]
-        with decoding_with(decoder):
-            found = model(prompt).logits[:, -1]
-        assert (found - wanted).abs().max() < TOLERANCE
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_a_growing_cache_is_transformers_own(variant: str) -> None:
+    """To the bit, with a mask and positions that say what is so without them; a second prompt begins anew."""
+    model = tiny_models.build(variant)
+    decoder = GrowingDecoder(model)
+    for prompt in (tiny_models.token_ids(2, 9), tiny_models.token_ids(2, 13)[:, 3:]):
+        found, ids = decoder.prefill(prompt), prompt
+        cache = None
+        for _ in range(8):
+            new = ids if cache is None else ids[:, -1:]
+            positions = torch.arange(ids.shape[1])[None, -new.shape[1] :].expand(2, -1)
+            with torch.no_grad():
+                said = model(
+                    input_ids=new, attention_mask=torch.ones_like(ids), position_ids=positions, past_key_values=cache,
+                    logits_to_keep=1,
+                )  # fmt: skip
+            cache = said.past_key_values
+            assert torch.equal(found, said.logits[:, -1])
+            assert not found.requires_grad
+            ids = torch.cat([ids, found.argmax(-1, keepdim=True)], 1)
+            found = decoder.step(ids[:, -1])
 
 
 def test_the_graph_is_recorded_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:

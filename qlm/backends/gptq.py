@@ -34,7 +34,9 @@ from qlm.formats import gptq as gptq_format
 from qlm.formats.dtypes import dtype_name
 from qlm.formats.gptq import GptqFormat, group_size_of
 from qlm.formats.layout import is_head
+from qlm.kernels import cuda_ops
 from qlm.kernels.ops import dequantize_gptq, gptq_activations, gptq_linear
+from qlm.numerics.columns import TORCH, Columns
 from qlm.numerics.gptq import (
     GptqResult,
     SingularHessian,
@@ -174,23 +176,26 @@ class GptqBackend:
         grid: dict[str, Any] = {
             "bits": settings.bits, "symmetric": settings.symmetric, "search": settings.scale_search == "weighted"
         }  # fmt: skip
+        found = cuda_ops.columns(weight.device)
+        columns = TORCH if found is None else Columns(*found)
         facts = {"bits": settings.bits, "group_size": settings.group_size, "tokens": statistics.tokens}
         try:
             factor = statistics.factor(settings.order, group_size, settings.damp)
         except SingularHessian as error:
             refuse_singular(names, error, settings)
             factor = unit_factor(weight.shape[1], weight.device)
-            result = gptq(weight, factor, group_size=group_size, **grid)
+            result = gptq(weight, factor, group_size=group_size, columns=columns, **grid)
             size = row_losses(weight, factor)
             return result, size, {"method": "round_to_nearest", "why": str(error), **facts, "damp": 0.0}
         target, strength = target_of(weight, statistics, settings, factor)
-        result = gptq(target, factor, group_size=group_size, static=settings.order == "static", **grid)
+        static = settings.order == "static"
+        result = gptq(target, factor, group_size=group_size, static=static, columns=columns, **grid)
         result = keep_nearest_where_better(target, factor, result, **grid)
         nearest_rows = result.nearest_rows
         if settings.sweeps:
             result = refine(
                 target, statistics.hessian, factor.damp, result.codes, result.scale, result.zero_point, result.g_idx,
-                settings.bits, settings.sweeps,
+                settings.bits, settings.sweeps, columns=columns,
             )  # fmt: skip
         return result, row_losses(target, factor), {
             "method": "gptq", **facts, "damp": factor.damp, "target_shift": strength, "nearest_rows": nearest_rows

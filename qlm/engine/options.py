@@ -1,4 +1,4 @@
-"""What a caller may ask of text generation, checked once for both runtimes: the engine, and transformers' own loop.
+"""What a caller may ask of text generation, checked once for both runtimes: the engine, and models of transformers.
 
 Nothing here needs torch. What it refuses: options out of range or without effect, a prompt that leaves no room in the model's
 positions, and ids that the model does not have.

@@ -159,6 +159,26 @@ def _variant(x: Tensor, bias: Tensor | None, *others: Tensor) -> tuple[object, .
     return x.shape[0], x.data_ptr() % 16 == 0, None if bias is None else bias.dtype, *(t.dtype for t in others)
 
 
+# Quantizing -------------------------------------------------------------------------------------------------------------
+
+
+def columns(device: torch.device) -> tuple[Callable[..., None], Callable[..., None], int] | None:
+    """The fields of `numerics.columns.Columns` for a GPU."""
+    if device.type != "cuda" or _gpu(device.index) is None:
+        return None
+    return round_columns, choose_columns, kernels("columns").MOST
+
+
+def round_columns(W: Tensor, *others: Any) -> None:
+    with torch.cuda.device(W.device):
+        kernels("columns").round_columns(W, *others)
+
+
+def choose_columns(R: Tensor, *others: Any) -> None:
+    with torch.cuda.device(R.device):
+        kernels("columns").choose_columns(R, *others)
+
+
 # int8 -----------------------------------------------------------------------------------------------------------------
 
 

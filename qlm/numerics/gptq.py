@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from qlm.numerics.affine import RowError, minmax_grid, search_grid
+from qlm.numerics.columns import TORCH, Columns
 
-# Columns that are rounded before one product repairs those after them; below this the product's own overhead is the larger.
-LEAF = 16
 # Columns that are ordered by the pivots as they are when the first of them is taken. One at a time loses another 0.5 % less.
 PIVOT_BATCH = 16
 # Columns of a triangle that one product fills; below this a full square product is faster than its triangle.
@@ -255,6 +254,7 @@ def gptq(
     symmetric: bool,
     search: bool,
     static: bool = False,
+    columns: Columns = TORCH,
 ) -> GptqResult:
     """Round `weight` to a grid of 2^bits levels for each group of `group_size` columns.
 
@@ -265,6 +265,7 @@ def gptq(
         group_size: divides I.
         search: choose scales by `search_grid` instead of `minmax_grid`.
         static: groups are the contiguous ones whatever the order, their grids chosen in advance from the weights as given.
+        columns: the innermost loop, for the device that everything is on.
     Raises:
         ValueError: `group_size` does not divide I; a weight is NaN or infinite, or too large for a scale in fp16.
     """
@@ -277,17 +278,11 @@ def gptq(
     Q = torch.empty((I, O), dtype=torch.uint8, device=W.device)
     scales = torch.empty((I // group_size, O), device=W.device)
     lows, highs = torch.empty_like(scales), torch.empty_like(scales)
-    rounded = torch.empty((LEAF, O), device=W.device)
-    # Views of single rows, made once: making them takes as long as computing with them.
-    W_row, A_row, code_row = W.unbind(), A.unbind(), rounded.unbind()
-    scale_row, low_row, high_row = scales.unbind(), lows.unbind(), highs.unbind()
     # A is kept as a multiple of the largest R_jj: squares of errors under very large or small inputs would overflow.
     largest = R.diagonal().amax().item()
     pivots = R.diagonal() / largest
-    pivot_of = pivots.tolist()
     places = torch.arange(I, device=W.device)
     groups = (order if static else places) // group_size
-    group_of = groups.tolist()
 
     def set_grid(group: int, repaired: Tensor, importance: Tensor) -> None:
         scale, zero = choose_grid(repaired, importance, bits, symmetric, search)
@@ -300,16 +295,10 @@ def gptq(
             repaired = repaired + torch.linalg.solve_triangular(corner, A[members].T, upper=True, left=False).T
         set_grid(start // group_size, repaired, pivots[members].square())
 
-    def round_columns(start: int, stop: int) -> None:
-        corner = R[start:stop, start:stop]
-        for i, j in enumerate(range(start, stop)):
-            w, code, group = W_row[j], code_row[i], group_of[j]
-            scale = scale_row[group]
-            torch.add(w, A_row[j], alpha=1 / pivot_of[j], out=code).div_(scale).round_()
-            w.addcmul_(code.clamp_(low_row[group], high_row[group]), scale, value=-1)
-            A[j + 1 : stop].addr_(corner[i, i + 1 :], w, alpha=1 / largest)
-        A[start:stop].addcmul_(W[start:stop], pivots[start:stop, None])
-        Q[start:stop] = rounded[: stop - start] - lows[groups[start:stop]]
+    def round_columns(part: slice) -> None:
+        columns.round(
+            W[part], A[part], R[part, part], largest, pivots[part], groups[part], scales, lows, highs, Q[part]
+        )
 
     # Groups that are formed along the order end where a half ends, so that a group begins when all before it is done.
     unit = I if static else group_size
@@ -319,8 +308,8 @@ def gptq(
         """Round columns start ... stop, whose A knows all columns before them."""
         if not static and start % group_size == 0 and stop - start == group_size:
             enter_group(start, stop)
-        if stop - start <= min(LEAF, unit):
-            return round_columns(start, stop)
+        if stop - start <= min(columns.most, unit):
+            return round_columns(slice(start, stop))
         middle = (start + stop) // 2
         if stop - start > unit:
             middle -= middle % unit

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qlm.numerics.affine import LARGEST_FP16, round_to_fp16
-from qlm.numerics.gptq import LEAF, TRIANGLE_CHUNK, Factor, GptqResult, SingularHessian, check_finite
+from qlm.numerics.columns import TORCH, Columns
+from qlm.numerics.gptq import TRIANGLE_CHUNK, Factor, GptqResult, SingularHessian, check_finite
 
 # A code moves only if its best real value is beyond the middle between two levels by this share of a step: what a move gains must be
 # more than the rounding of R, or fp32 noise could move codes back and forth.
@@ -63,6 +64,7 @@ def refine(
     bits: int,
     sweeps: int,
     fit_scales: bool = True,
+    columns: Columns = TORCH,
 ) -> GptqResult:
     """Lower tr(E H E^T), H damped, by choosing one code or one scale anew while all others stay as they are.
 
@@ -75,6 +77,7 @@ def refine(
         codes, scale, zero_point, g_idx: as in `GptqResult`; groups may be of different sizes.
         sweeps: times that every scale, then every code, is chosen anew; with 0 everything stays as it is.
         fit_scales: whether scales are.
+        columns: the innermost loop, for the device that everything is on.
     Raises:
         ValueError: a weight is NaN or infinite. SingularHessian: H is all zeros, or not finite.
     """
@@ -86,16 +89,15 @@ def refine(
     # Relative to its diagonal: under very large or small inputs squares would overflow.
     H = hessian[order[:, None], order].div_(mean)
     H.diagonal().add_(damp)
-    diagonal = H.diagonal().tolist()
+    diagonal = H.diagonal().contiguous()
     sizes = g_idx.bincount(minlength=scale.shape[1]).tolist()
     group = g_idx[order].long()
 
     # Transposed, so that a column is contiguous; levels instead of codes: q = scale * level.
-    S, Z = scale.float().T.contiguous(), zero_point.T.float()
+    S, Z = (t.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for t in (scale, zero_point))
     lows, highs = -Z, 2**bits - 1 - Z
     D = codes.T[order] - Z[group]
     E = weight.float().T[order] - S[group] * D
-    rounded = torch.empty((LEAF, len(weight)), device=E.device)
 
     def fit_scale(k: int, members: slice, R: Tensor) -> None:
         d = D[members]
@@ -111,21 +113,15 @@ def refine(
     # It is handed to itself: through its closure it would hold all matrices here until the garbage collector comes.
     def choose_codes(k: int, start: int, stop: int, R: Tensor, choose_codes: Callable[..., None]) -> None:
         """R is E H of these columns; they leave what they have added to q in it."""
-        if stop - start > LEAF:
-            half = (stop - start) // 2
-            middle = start + half
-            choose_codes(k, start, middle, R[:half], choose_codes)
-            R[half:].addmm_(H[start:middle, middle:stop].T, R[:half], alpha=-1)
-            return choose_codes(k, middle, stop, R[half:], choose_codes)
-        for j in range(start, stop):
-            r, d, level = R[j - start], D[j], rounded[j - start]
-            torch.div(r, S[k], out=level).mul_((1 - RELUCTANCE) / diagonal[j]).add_(d).round_().clamp_(
-                lows[k], highs[k]
-            )
-            torch.sub(level, d, out=r).mul_(S[k])
-            d.copy_(level)
-            R[j - start + 1 :].addr_(H[j, j + 1 : stop], r, alpha=-1)
-        E[start:stop] -= R
+        if stop - start <= columns.most:
+            part = slice(start, stop)
+            grid = S[k], lows[k], highs[k]
+            return columns.choose(R, D[part], E[part], H[part, part], diagonal[part], *grid, 1 - RELUCTANCE)
+        half = (stop - start) // 2
+        middle = start + half
+        choose_codes(k, start, middle, R[:half], choose_codes)
+        R[half:].addmm_(H[start:middle, middle:stop].T, R[:half], alpha=-1)
+        choose_codes(k, middle, stop, R[half:], choose_codes)
 
     for _ in range(sweeps):
         stop = 0

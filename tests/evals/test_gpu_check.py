@@ -209,7 +209,7 @@ def test_session_script(tmp_path: Path) -> None:
         # What a machine brings back.
         assert len(list((tmp_path / f"out{part}").iterdir())) <= 8
     assert [calls[part].count("pip install") for part in "123"] == [1, 0, 0]  # the machine is the same
-    assert calls["1"].count("evals/gpu_check.py") == 15
+    assert calls["1"].count("evals/gpu_check.py") == 17
     assert "--part goals --seconds 185" in calls["1"]
     assert "finetune_speed.py pythia-1.4b --device cuda" in calls["1"]
     assert calls["2"].count("quantize_speed.py opt-6.7b --device cuda --samples 128 --length 2048") == 2

@@ -68,7 +68,9 @@ def launches(module: Any, call: Callable[[], object], monkeypatch: pytest.Monkey
     return made
 
 
-KERNELS = ("_matvec", "_fused_matvec", "_matmul", "_add_parts", "_dequantize", "_arrange", "_quantize", "_finish")
+KERNELS = (
+    "_matvec", "_fused_matvec", "_matmul", "_add_parts", "_dequantize", "_arrange", "_quantize", "_finish", "_round", "_choose",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -92,6 +94,8 @@ def compiled(launch: Launch, capability: int) -> Any:
         elif isinstance(value, Tensor):
             signature[parameter.name] = f"*{NAMES[value.dtype]}"
             attributes[(number,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -206,3 +210,21 @@ def test_int8(capability: int, dtype: torch.dtype, cache: Path, monkeypatch: pyt
     if capability > T4:
         for launch in launches(int8, products, monkeypatch):
             check(launch, capability, cache, "IMMA|IGMMA" if launch.kernel.__name__ == "_matmul" else "")
+
+
+@pytest.mark.parametrize("capability", [T4, H200])
+def test_columns(capability: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlm.kernels.cuda import columns
+
+    part, square, column = (meta(*shape, dtype=torch.float32) for shape in ((16, 4096), (16, 16), (16,)))
+    grids, grid = meta(32, 4096, dtype=torch.float32), meta(4096, dtype=torch.float32)
+    codes, groups = meta(16, 4096, dtype=torch.uint8), meta(16, dtype=torch.int64)
+
+    def call() -> None:
+        columns.round_columns(part, part, square, 1.5, column, groups, grids, grids, grids, codes)
+        columns.choose_columns(part, part, part, square, column, grid, grid, grid, 0.5)
+
+    made = launches(columns, call, monkeypatch)
+    assert len(made) == 2
+    for launch in made:
+        check(launch, capability, cache)

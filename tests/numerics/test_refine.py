@@ -184,6 +184,15 @@ class TestRefine:
         if not fit_scales:
             assert torch.equal(result.scale, kept[1])
 
+    @pytest.mark.parametrize("group_size", [32, 128])
+    def test_leaves_its_arguments_alone(self, group_size: int) -> None:
+        weight, H, start = problem(4, "none", False, group_size=group_size)
+        kept = {name: getattr(start, name).clone() for name in ("codes", "scale", "zero_point", "g_idx")}
+        result = refined(weight, H, start, 4, 1)
+        assert not torch.equal(result.scale, start.scale)
+        for name, value in kept.items():
+            assert torch.equal(getattr(start, name), value), name
+
     @pytest.mark.parametrize("bits", [2, 3, 4])
     @pytest.mark.parametrize("order", ORDERS)
     def test_is_worth_it(self, order: str, bits: int) -> None:

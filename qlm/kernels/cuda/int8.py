@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlm.kernels.cuda.cut import MatmulConfig, by_rows, split
+from qlm.kernels.cuda.rounding import nearest_level
 
 
 class MatvecConfig(NamedTuple):
@@ -180,17 +181,6 @@ def _output(tokens: Tokens, layer: Layer, splits: int) -> Tensor:
 
 
 @triton.jit
-def _round(value):  # type: ignore[no-untyped-def]
-    """Halves to even, for |value| < 2**22: 1.5 * 2**23 has no fractional bits left. (Triton's interpreter has no rint.)"""
-    return (value + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _clamp(value):  # type: ignore[no-untyped-def]
-    return tl.minimum(tl.maximum(value, -128.0), 127.0)
-
-
-@triton.jit
 def _range(low, high, poison, value):  # type: ignore[no-untyped-def]
     """`value` counted in: the least and the largest so far, and NaN for NaN and infinite values, which the two do not tell."""
     return tl.minimum(low, value), tl.maximum(high, value), poison + value * 0.0
@@ -206,7 +196,7 @@ def _grid(low, high, poison, SYMMETRIC: tl.constexpr):  # type: ignore[no-untype
     zero = tl.full((), 0.0, tl.float32)
     if not SYMMETRIC:
         zero = -128.0 - tl.div_rn(least, scale)
-        zero = tl.where(zero == zero, _round(_clamp(zero)), 0.0)
+        zero = tl.where(zero == zero, nearest_level(zero, -128.0, 127.0), 0.0)
     return tl.where(scale == 0.0, 1.1920928955078125e-07, scale), zero  # float32's eps
 
 
@@ -214,7 +204,7 @@ def _grid(low, high, poison, SYMMETRIC: tl.constexpr):  # type: ignore[no-untype
 def _quantized(value, scale, zero):  # type: ignore[no-untyped-def]
     """The codes of values, int32."""
     code = tl.div_rn(value, scale) + zero
-    return tl.where(code == code, _round(_clamp(code)), 0.0).to(tl.int32)
+    return tl.where(code == code, nearest_level(code, -128.0, 127.0), 0.0).to(tl.int32)
 
 
 @triton.jit
