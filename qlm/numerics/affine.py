@@ -41,9 +41,13 @@ def round_to_fp16(scale: Tensor) -> Tensor:
     if not bool(fits.all()):
         row = int(fits.logical_not().nonzero()[0])
         raise RowError(f"a scale of {scale[row].item():.6g} does not fit into fp16 (largest: {LARGEST_FP16:.0f})", row)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return _nearest_fp16(torch.where(scale == 0, 1.0, scale))
+
+
+def _nearest_fp16(scale: Tensor) -> Tensor:
+    """As `round_to_fp16`, of scales that fit and none of which is zero."""
     rounded = scale.to(torch.float16).to(torch.float32)
-    return torch.where(rounded == 0, torch.copysign(torch.full_like(scale, SMALLEST_FP16), scale), rounded)
+    return torch.where(rounded == 0, scale.sign().mul_(SMALLEST_FP16), rounded)
 
 
 def overflowing_row(weight: Tensor) -> int | None:
@@ -77,9 +81,13 @@ def minmax_grid(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Ten
 
 def grid_error(weight: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """sum_j importance_j (w_j - scale (code_j - zero_point))^2 for each output: fp32 [O]. weight [g, O], importance [g]."""
-    rounded = (weight / scale).round_()
-    torch.clamp(rounded, -zero_point, 2**bits - 1 - zero_point, out=rounded)
-    return importance @ rounded.mul_(scale).sub_(weight).square_()
+    return _level_error(weight, importance, scale, -zero_point, 2**bits - 1 - zero_point)
+
+
+def _level_error(weight: Tensor, importance: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    levels = (weight / scale).round_()
+    torch.clamp(levels, low, high, out=levels)
+    return importance @ levels.mul_(scale).sub_(weight).square_()
 
 
 def search_grid(weight: Tensor, importance: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -94,25 +102,28 @@ def search_grid(weight: Tensor, importance: Tensor, bits: int, symmetric: bool) 
         scale fp32 [O], fp16 values; zero_point fp32 [O], integers. Never worse than `minmax_grid` by `grid_error`.
     """
     full_scale, best_zero = minmax_grid(weight, bits, symmetric)
-    best_scale, best_fraction = full_scale, torch.ones_like(full_scale)
-    best = grid_error(weight, importance, best_scale, best_zero, bits)
-    low = weight.amin(0).clamp_(max=0)
+    most, low = 2**bits - 1, weight.amin(0).clamp_(max=0)
+    best, best_fraction = grid_error(weight, importance, full_scale, best_zero, bits), torch.ones_like(full_scale)
+    of_symmetric = (best_zero, -best_zero, most - best_zero)
+
+    def scale_of(fraction: Tensor | float) -> Tensor:
+        return _nearest_fp16((full_scale * fraction).clamp_(-LARGEST_FP16, LARGEST_FP16))
 
     def attempt(fraction: Tensor | float) -> None:
-        nonlocal best, best_scale, best_zero, best_fraction
-        scale = round_to_fp16((full_scale * fraction).clamp(-LARGEST_FP16, LARGEST_FP16))
+        nonlocal best, best_zero, best_fraction
+        scale = scale_of(fraction)
         if symmetric:
-            zeros: tuple[Tensor, ...] = (best_zero,)
+            grids = [of_symmetric]
         else:
             zero = -low * fraction / scale
-            zeros = tuple(z.clamp(1, 2**bits - 1) for z in (zero.floor(), zero.ceil()))
-        for zero_point in zeros:
-            error = grid_error(weight, importance, scale, zero_point, bits)
+            grids = [(z, -z, most - z) for z in (zero.floor().clamp_(1, most), zero.ceil().clamp_(1, most))]
+        for zero_point, lowest, highest in grids:
+            error = _level_error(weight, importance, scale, lowest, highest)
             better = error < best
-            best = torch.where(better, error, best)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero_point, best_zero)
+            best = torch.fmin(error, best)
             best_fraction = torch.where(better, fraction, best_fraction)
+            if not symmetric:
+                best_zero = torch.where(better, zero_point, best_zero)
 
     for fraction in SEARCH_FRACTIONS:
         attempt(fraction)
@@ -120,7 +131,7 @@ def search_grid(weight: Tensor, importance: Tensor, bits: int, symmetric: bool) 
         middle = best_fraction
         attempt(middle - step)
         attempt(middle + step)
-    return best_scale, best_zero
+    return scale_of(best_fraction), best_zero
 
 
 def quantize_weight_per_channel_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
