@@ -160,10 +160,11 @@ def weight_bytes(model: nn.Module) -> int:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() not in looked_up and tensor.dtype != torch.bool:
             seen[tensor.data_ptr()] = tensor.nbytes
-        # bitsandbytes keeps scales beside the parameter.
+        # bitsandbytes keeps scales beside the parameter, and those of scales that are quantized too beside them.
         state = getattr(tensor, "quant_state", None)
-        if state is not None:
+        while state is not None:
             seen[state.absmax.data_ptr()] = state.absmax.nbytes
+            state = state.state2
     return sum(seen.values())
 
 

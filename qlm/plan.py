@@ -2,7 +2,8 @@
 
 The figures are estimates from shapes. Memory and disk are counted tensor by tensor, as the code allocates them, and err on the high
 side; time comes from a matrix product timed here and now, and is good to a factor of two. On a GPU blocks, activations and models are in
-its memory; the process itself has a block's tensors on their way to and from the disk, and what is known of the samples kept aside.
+its memory; the process itself has a block's tensors on their way to and from the disk, what is known of the samples kept aside, and the
+float model's activations.
 """
 
 import math
@@ -29,8 +30,11 @@ from qlm.tune import LOOK
 
 # Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.
 PROCESS_BYTES = 650_000_000
-# Hessian, its damped and permuted copy, the Cholesky factor, the unit matrix and U are alive at once.
-HESSIAN_COPIES = 5
+# Matrices as large as a Hessian that a solver has beside it at once: a damped copy and the factor, being permuted; int8 and NF4 make the
+# factor's inverse too.
+HESSIAN_COPIES = {"gptq": 3, "int8": 4, "nf4": 5}
+# And of those as large as the weights of a group, in fp32: target, shift, errors, levels.
+WEIGHT_COPIES = 7
 # Of each weight whose rounding is learned: six numbers in fp32 (base, offset, its gradient, their mean, scale, zero point), the weight
 # that they make and its gradient.
 LEARNED_BYTES = 32
@@ -229,44 +233,49 @@ def _calibrated(
     blocks: int,
     device: str,
 ) -> tuple[float, float, int]:
-    """Memory and time of calibrated quantizing: the stream, one block, `first`, the Hessians of one stage, and the solver's copies; and of
-    that memory what the samples kept aside take."""
+    """Memory and time of calibrated quantizing: the stream, one block, `first`, the Hessians of one stage, and the solver's copies; and what
+    of all that lies on the host where the rest is on a GPU: what is known of the samples kept aside, and the float model's stream."""
     assert recipe.calibration is not None
     compute = calibration_dtype(device)
     length = window_length(recipe.calibration.length, _positions(source))
     tokens = recipe.calibration.samples * length
     hidden = int(getattr(source.config, source.spec.hidden_size))
     sides = 2 if recipe.quantize.follows_float else 1
-    # Concatenating the batches holds both for a moment; after that comes the float model's copy.
-    stream = 2 * tokens * hidden * compute.itemsize
-    hessians, aside, largest_group, products = 0, 0, 0, 0
+    stream = tokens * hidden * compute.itemsize
+    on_gpu, added = device != "cpu", set(source.spec.residual_linears)
+    on_host = stream * (sides - 1) if on_gpu else 0
+    aside, statistics, products = 0, 0, 0
     stages = stages_of(source.spec, source.config)
     for stage in stages:
-        in_stage = aside_here = 0
+        in_stage = solver = 0
         for group in stage:
             names = [f"{first}.{linear}" for linear in group.linears]
             if any(name in chosen for name in names):
                 inputs = shapes[f"{names[0]}.weight"][1]
                 rows = sum(shapes[f"{name}.weight"][0] for name in names)
-                # Products with itself and with the float stream, of the samples to fit to and of those kept aside.
-                sums = 4 * inputs * inputs * sides
-                aside_here += sums if recipe.quantize.holds_out else 0
-                in_stage += sums * (2 if recipe.quantize.holds_out else 1)
-                largest_group = max(largest_group, 4 * HESSIAN_COPIES * inputs * inputs + 7 * 4 * rows * inputs)
+                # Products with itself, and with the float model's inputs or with what its residual stream is ahead.
+                others = 0 if sides == 1 else rows if added.intersection(group.linears) else inputs
+                in_stage += 4 * inputs * (inputs + others)
+                copies = HESSIAN_COPIES[recipe.quantize.backend]
+                solver = max(solver, 4 * copies * inputs * inputs + 4 * WEIGHT_COPIES * rows * inputs)
                 products += tokens * inputs * inputs + 2 * inputs**3 + 40 * rows * inputs * inputs // 32
-        hessians, aside = max(hessians, in_stage), max(aside, aside_here)
+        # The same of the samples kept aside, which leave a GPU before anything is solved.
+        aside_here = in_stage if recipe.quantize.holds_out else 0
+        while_solving = in_stage + solver + (0 if on_gpu else aside_here)
+        aside, statistics = max(aside, aside_here), max(statistics, in_stage + aside_here, while_solving)
     widest = max(max(shape) for name, shape in shapes.items() if name.startswith(f"{first}."))
     activations = 8 * compute.itemsize * BATCH_TOKENS * widest + 4 * BATCH_TOKENS * widest
-    block = stream + sides * block_weights * compute.itemsize + 2 * shard
+    block = stream * sides - on_host + sides * block_weights * compute.itemsize + 2 * shard
     learning, learned = _learning(recipe, source, chosen, shapes, first, block_weights, device)
-    memory = block + max(hessians + largest_group + activations, learning)
-    embedding = 2 * outside_weights * compute.itemsize + stream
+    memory = block + max(statistics + activations, learning)
+    # Concatenating the batches holds both for a moment.
+    embedding = 2 * outside_weights * compute.itemsize + 2 * stream
     # Each stage runs the block as far as its linears, and a last pass runs all of it.
     forward = sides * tokens * block_weights * (1 + len(stages) / 2)
     # A sweep over the codes costs about as much as the solver.
     solving = sides * products * (1 + recipe.quantize.sweeps / 4)
     seconds = blocks * (solving / matmul_rate(torch.float32, device) + forward / matmul_rate(compute, device) + learned)
-    return max(memory, embedding), seconds, aside
+    return max(memory, embedding), seconds, aside + on_host
 
 
 def _learning(
@@ -344,7 +353,8 @@ def _choosing(
         if layer.names[0].startswith(f"{block}."):
             inputs_of_block += inputs
             hessians += 4 * inputs * inputs
-        solver = max(solver, 4 * HESSIAN_COPIES * inputs * inputs + 7 * 4 * rows * inputs + 8 * drawn * rows)
+        copies = 4 * HESSIAN_COPIES[recipe.quantize.backend] * inputs * inputs
+        solver = max(solver, copies + 4 * WEIGHT_COPIES * rows * inputs + 8 * drawn * rows)
         of_options = len(layer.options) * (
             2 * inputs**3 + (1 + recipe.quantize.sweeps / 4) * 40 * rows * inputs * inputs / 32 + drawn * rows * inputs
         )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qlm.errors import Unavailable, UsageError
 
@@ -20,6 +21,9 @@ WARM_UP = 3
 # The cache's size is a multiple of this, to which attention's kernels otherwise fill up their masks.
 _UNIT = 16
 
+
+# Of SDPA's. cuDNN's, which torch prefers on Hopper GPUs, is built anew for every length that keys grow to, which takes longer than a step.
+_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # flash-attn takes no mask, and so no cache that is only filled in part.
 ATTENTIONS = ("sdpa", "eager")
@@ -60,7 +64,8 @@ class GrowingDecoder:
     @torch.no_grad()
     def _append(self, ids: Tensor) -> Tensor:
         # Without a mask, where nothing is padded, and with the positions that follow from the cache, which are the model's default.
-        found = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        with sdpa_kernel(_SDPA):
+            found = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = found.logits[:, -1]
         return logits
 
@@ -135,13 +140,14 @@ class StaticDecoder:
     def _forward(self) -> Tensor:
         """One step on what lies in `_ids` and `_place`: logits [B, V]."""
         mask = torch.where(self._columns <= self._place, self._seen, self._unseen)
-        found: Tensor = self.model(
-            input_ids=self._ids,
-            position_ids=self._place.expand(self.batch, 1),
-            attention_mask=mask.expand(self.batch, 1, 1, self.length),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).logits[:, -1]
+        with sdpa_kernel(_SDPA):
+            found: Tensor = self.model(
+                input_ids=self._ids,
+                position_ids=self._place.expand(self.batch, 1),
+                attention_mask=mask.expand(self.batch, 1, 1, self.length),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).logits[:, -1]
         self._place.add_(1)
         return found
 

@@ -42,6 +42,17 @@ class _Side:
         self.attended: dict[int, Tensor] = {}
 
 
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory; of what a GPU holds pinned, where there is room for it, since copies take a fraction of the time so."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    try:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return copy.copy_(tensor)
+
+
 @contextmanager
 def _tf32() -> Iterator[None]:
     """Inside, GPUs multiply in TF32, eight times as fast as in fp32: factors have 11 bits, as many as a float16, and products and sums are
@@ -121,7 +132,7 @@ class Stream:
 
     Attributes:
         hidden: [samples, length, hidden size], the inputs of the next block, in the dtype that the blocks compute in.
-        reference: the same in the float model; None where nothing is compared with it.
+        reference: the same in the float model, on the host if the model is on a GPU; None where nothing is compared with it.
         held_out: how many samples, the last ones, are kept aside for choices.
         arguments: what a block is called with beside its input, for each batch of `batch_size` samples.
         few: samples in a step where something is learned by gradient; `arguments_for_few` are theirs.
@@ -177,7 +188,8 @@ class Stream:
         _, self.arguments_for_few = calls.pop()
         self.arguments = [arguments for _, arguments in calls]
         self._quantized = _Side(torch.cat([hidden for hidden, _ in calls]))
-        self._float = _Side(self.hidden.clone()) if reference else None
+        # The float model's lie on the host: they are read once in a stage, and a GPU has less memory than time.
+        self._float = _Side(_on_host(self.hidden)) if reference else None
 
     @property
     def hidden(self) -> Tensor:
@@ -242,7 +254,7 @@ class Stream:
             if kept is not None:
                 _refuse_not_finite(kept, name)
                 # Looked at once, and as large as what is solved with: it need not fill a GPU's memory.
-                kept = kept.to("cpu")
+                kept = kept.moved(_on_host) if self.hidden.is_cuda else kept
             found[group] = replace(fitted.pop(group).finish(kept), absmax=largest[group].float() if absmax else None)
             _refuse_not_finite(found[group], name)
         return found
@@ -256,7 +268,7 @@ class Stream:
         """What each group reads of one batch, and, if the float model is followed, what its output is added to."""
         x: dict[LinearGroup, Tensor] = {}
         sums: dict[LinearGroup, Tensor] = {}
-        batch = side.hidden[index * self.batch_size : (index + 1) * self.batch_size]
+        batch = self._batch(side, index)
         residual = batch
         of_linear = {linear: group for group in groups for linear in group.linears}
         added = self._spec.residual_linears if self._float is not None else ()
@@ -292,19 +304,24 @@ class Stream:
         if added and self._norm_after_attention is not None:
             hooks.append(block.get_submodule(self._norm_after_attention).register_forward_hook(on_norm))
         try:
-            self._forward(block, side, index)
+            self._forward(block, side, index, batch)
         finally:
             for handle in hooks:
                 handle.remove()
         return {group: _Read(read, sums.get(group)) for group, read in x.items()}
 
-    def _forward(self, block: nn.Module, side: _Side, index: int) -> Tensor | None:
+    def _batch(self, side: _Side, index: int) -> Tensor:
+        """One batch of a side's hidden states, where the model is."""
+        batch = side.hidden[index * self.batch_size : (index + 1) * self.batch_size]
+        return batch.to(self.hidden.device, non_blocking=True)
+
+    def _forward(self, block: nn.Module, side: _Side, index: int, batch: Tensor | None = None) -> Tensor | None:
         """The block's output for one batch; None if a hook ended it.
 
         What the attention computes is final once its last linear's turn has come: from then on its output is made from the kept
         inputs of that linear, which saves the attention itself in the passes that remain.
         """
-        batch = side.hidden[index * self.batch_size : (index + 1) * self.batch_size]
+        batch = self._batch(side, index) if batch is None else batch
         with suppress(_Stop), evaluation_mode(block), _attention_from(block, self._spec, side.attended.get(index)):
             return block(batch, **self.arguments[index])
         return None

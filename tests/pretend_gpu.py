@@ -5,6 +5,7 @@ Marks go by storage, so that views and parameters have them. What C++ does by it
 on what forward passes have put together.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,11 +45,13 @@ class PretendEvent:
 
 
 class PretendGpu(TorchFunctionMode):
-    """Attributes: operations: how often each was done on the GPU."""
+    """Attributes: operations: how often each was done on the GPU; bytes, peak_bytes: what its tensors take now, and took at most. What an
+    operation allocates inside itself is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
+        self.bytes = self.peak_bytes = 0
         self.generators: list[torch.Generator] = []
 
     def has(self, tensor: Tensor) -> bool:
@@ -57,11 +60,21 @@ class PretendGpu(TorchFunctionMode):
 
     def _mark(self, tensor: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
-            _storage(tensor).on_pretend_gpu = True
+            storage = _storage(tensor)
+            if not hasattr(storage, "on_pretend_gpu"):
+                storage.on_pretend_gpu = True
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
         return tensor
+
+    def _count(self, more: int) -> None:
+        self.bytes += more
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        # Without a GPU, torch has no pinned memory.
+        kwargs.pop("pin_memory", None)
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             return self._attribute(func.__self__.__name__, func, args, kwargs)

@@ -1,6 +1,7 @@
 """What is asked of a GPU stays there, with one that is pretended (pretend_gpu.py): no operation mixes its tensors with the CPU's, and the results
 are the CPU's own. Kernels, and what is only true of a real one, are evals/gpu_check.py's."""
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import qlm
-from qlm import static_decoder
+from qlm import plan as plan_module
+from qlm import smoothing, static_decoder, stream
 from qlm.evaluate import evaluate
 from qlm.kernels.ops import float_activations
+from qlm.numerics import refine, smooth
+from qlm.plan import plan
 from qlm.recipe import parse_recipe
 from qlm.static_decoder import StaticDecoder
 from tests import tiny_models
@@ -89,6 +94,46 @@ def test_quantize(variant: str, way: str, folder_of: Folder, text_file: Path, tm
     if "best" not in way:
         # Learning goes through autocast, whose rounding is the device's own.
         assert there == quantized("here", "cpu")
+
+
+@pytest.mark.parametrize("way", ["gptq", "gptq static", "gptq fast", "int8", "nf4"])
+def test_memory(
+    way: str, text_file: Path, tokenizer_json: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block, one side's activations and a solver's matrices, whatever the depth; what the plan says, and not much less."""
+    # As many tokens for each input as OPT-6.7B has with 128 windows of 2048, so that everything is in proportion.
+    for module in (stream, plan_module):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 128)
+    for module, name in ((refine, "STRENGTH_CHUNK"), (smoothing, "SAMPLE_TOKENS"), (smooth, "MOST_OUTPUTS")):
+        monkeypatch.setattr(module, name, 64)
+    backend, _, rest = way.partition(" ")
+    settings = {"backend": backend, "quality": "fast" if rest == "fast" else "balanced"}
+    if backend == "gptq":
+        settings |= {"group_size": 32, "order": "static" if rest == "static" else "gar"}
+    length, hidden, peaks = 64, 128, []
+    for blocks in (1, 2) if way == "gptq" else (1,):
+        folder = tmp_path / f"{blocks}-blocks"
+        config = transformers.OPTConfig(
+            vocab_size=tiny_models.VOCABULARY, hidden_size=hidden, ffn_dim=4 * hidden, num_hidden_layers=blocks,
+            num_attention_heads=4, word_embed_proj_dim=hidden, max_position_embeddings=length,
+        )  # fmt: skip
+        transformers.OPTForCausalLM(config).half().save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        text = recipe_text(folder, tmp_path / f"out-{blocks}", text=text_file, **settings)
+        recipe = parse_recipe(text.replace("samples: 8, length: 32", f"samples: 128, length: {length}"), "r.yaml")
+        with pretend_gpu() as gpu:
+            planned = plan(recipe, "cuda").gpu_quantize_memory
+            gpu.peak_bytes = 0  # a product has been timed
+            qlm.quantize(recipe, device="cuda")
+        gc.collect()
+        assert gpu.bytes == 0
+        peaks.append(gpu.peak_bytes)
+    assert peaks[-1] == pytest.approx(peaks[0], rel=0.01)
+    assert planned is not None
+    assert peaks[0] <= planned <= 2 * peaks[0]
+    if way == "gptq":
+        # For OPT-6.7B's shape: 8 GB.
+        assert peaks[0] * (4096 / hidden) ** 2 <= 8e9
 
 
 @pytest.mark.parametrize("backend", ["float", "int8", "nf4", "gptq"])

@@ -57,9 +57,9 @@ class Statistics:
     held_out: "Statistics | None" = None
     factors: "dict[tuple[str, int, float], Factor] | None" = None
 
-    def to(self, device: str | torch.device) -> "Statistics":
-        """The same on another device, without what has been kept with it."""
-        tensors: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Statistics":
+        """The same with every tensor moved, without what has been kept with it."""
+        tensors: Any = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, held_out=None, factors=None, **tensors)
 
     def factor(self, order: str, group_size: int, damp: float) -> Factor:
@@ -73,10 +73,11 @@ class Statistics:
         return found
 
     def lag_of(self, weight: Tensor) -> Tensor | None:
-        """What the outputs of linears [O, I] that multiply x lag behind the float model's, with x: fp32 [O, I]; None if unknown."""
-        if self.lag is not None or self.cross is None:
-            return self.lag
-        return weight.float() @ (self.cross - self.hessian)
+        """What the outputs of linears [O, I] that multiply x lag behind the float model's, with x: fp32 [O, I], where the weight is; None
+        if unknown."""
+        if self.lag is not None:
+            return self.lag.to(weight.device)
+        return None if self.cross is None else weight.float() @ (self.cross - self.hessian).to(weight.device)
 
     def mean_lag_of(self, weight: Tensor) -> Tensor | None:
         """Its mean: fp32 [O]."""

@@ -191,14 +191,15 @@ class GptqBackend:
         static = settings.order == "static"
         result = gptq(target, factor, group_size=group_size, static=static, columns=columns, **grid)
         result = keep_nearest_where_better(target, factor, result, **grid)
-        nearest_rows = result.nearest_rows
+        nearest_rows, size, damp = result.nearest_rows, row_losses(target, factor), factor.damp
+        del factor  # as large as the Hessian, of which there will be another copy
         if settings.sweeps:
             result = refine(
-                target, statistics.hessian, factor.damp, result.codes, result.scale, result.zero_point, result.g_idx,
+                target, statistics.hessian, damp, result.codes, result.scale, result.zero_point, result.g_idx,
                 settings.bits, settings.sweeps, columns=columns,
             )  # fmt: skip
-        return result, row_losses(target, factor), {
-            "method": "gptq", **facts, "damp": factor.damp, "target_shift": strength, "nearest_rows": nearest_rows
+        return result, size, {
+            "method": "gptq", **facts, "damp": damp, "target_shift": strength, "nearest_rows": nearest_rows
         }  # fmt: skip
 
     def rounded(self, tensors: Mapping[str, Tensor], settings: LinearSettings) -> Rounded:

@@ -23,7 +23,6 @@ def target_of(weight: Tensor, statistics: Statistics, settings: LinearSettings, 
         return weight, 0.0
     shift = full_shift(lag, factor)
     if strength == "auto":
-        aside = None if aside is None else aside.to(weight.device)
         lag_aside = None if aside is None else aside.lag_of(weight)
         if aside is None or lag_aside is None:
             return weight, 0.0

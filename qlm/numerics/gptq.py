@@ -150,6 +150,7 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         damped = hessian[reverse[:, None], reverse]
         damped.diagonal().add_(added)
         L, info = torch.linalg.cholesky_ex(damped)
+        del damped  # as large as the Hessian, and R is another
         return None if info.item() else (L.flip(0, 1), order)
 
     return _with_damping(attempt, hessian, damp)

@@ -78,6 +78,7 @@ def quantize_int8_under(
         found_scale = search_scale(W, _importance(hessian, factor, damp * mean), scale)
     # Transposed, so that an input's weights are contiguous.
     C = compensated(W, factor, found_scale) if factor is not None else _round(W.T / found_scale.T)
+    del factor  # with its inverse twice as large as the Hessian, of which there will be another copy
     if sweeps:
         damped = hessian.clone()
         damped.diagonal().add_(damp * mean)

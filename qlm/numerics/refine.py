@@ -17,6 +17,8 @@ from qlm.numerics.gptq import TRIANGLE_CHUNK, Factor, GptqResult, SingularHessia
 # A code moves only if its best real value is beyond the middle between two levels by this share of a step: what a move gains must be
 # more than the rounding of R, or fp32 noise could move codes back and forth.
 RELUCTANCE = 1e-3
+# Rows of a Hessian that are brought to where the weight is at once.
+STRENGTH_CHUNK = 2048
 
 
 def full_shift(lag: Tensor, factor: Factor) -> Tensor:
@@ -46,9 +48,13 @@ def choose_strength(shift: Tensor, hessian: Tensor, lag: Tensor) -> float:
 
     Args:
         shift: D [O, I], `full_shift` of the calibration samples.
-        hessian, lag: of the samples that were kept aside.
+        hessian, lag: of the samples that were kept aside. The Hessian may be on the host: it is taken there in parts.
     """
-    curvature = ((shift @ hessian) * shift).sum(dtype=torch.float64).item()
+    parts = zip(hessian.split(STRENGTH_CHUNK), shift.split(STRENGTH_CHUNK, 1), strict=True)
+    of_parts = [
+        ((shift @ rows.to(shift.device, non_blocking=True).T) * some).sum(dtype=torch.float64) for rows, some in parts
+    ]
+    curvature = torch.stack(of_parts).sum().item()
     slope = (lag * shift).sum(dtype=torch.float64).item()
     return min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
 
