@@ -111,7 +111,7 @@ def forced(kind: str) -> ExitStack:
     stack = ExitStack()
     limits = {}
     if kind.endswith("-tile"):
-        limits = {"FUSED_ROWS": 1 << 30, "_MATVEC_ROWS_BESIDE_TENSOR_CORES": 1, "MATVEC_ROWS": 1}
+        limits = {"FUSED_ROWS": 1 << 30, "DENSE_ROWS": 1 << 30, "_MATVEC_ROWS_BESIDE_TENSOR_CORES": 1, "MATVEC_ROWS": 1}
     elif kind.endswith("-dense"):
         limits = {"FUSED_ROWS": 0, "_MATVEC_ROWS_BESIDE_TENSOR_CORES": 0, "MATVEC_ROWS": 0}
     for name, limit in limits.items():

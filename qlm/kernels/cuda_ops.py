@@ -41,9 +41,9 @@ _TENSOR_CORES = (8, 0)
 # Up to so many rows the words are read by `matvec`; one row costs as much as the next, so that tensor cores win early where they are.
 MATVEC_ROWS = 16
 _MATVEC_ROWS_BESIDE_TENSOR_CORES = 4
-# From more rows than this a weight is dequantized once and multiplied by cuBLAS: the tile kernel would dequantize it for each block of
-# rows again. Not measured yet; evals/gpu_kernels.py times both.
-FUSED_ROWS = 256
+# Beyond so many rows a weight may as well be dequantized once and multiplied by cuBLAS, since the tile kernel dequantizes it for each block
+# of rows again; beyond the second number that is the only way.
+DENSE_ROWS, FUSED_ROWS = 64, 1024
 # torch._int_mm takes more rows than this on CUDA (torch 2.13, `_int_mm_out_cuda`).
 _INT_MM_ROWS = 16
 # int32 holds sum((q - zero_point) * w) with w = -128 too; beyond it the reference subtracts in int64.
@@ -319,24 +319,29 @@ def gptq_product(
     tile = gpu.tensor_cores and x.dtype != torch.float32
     by_tile = tile and 1 < rows <= FUSED_ROWS
     by_vector = rows <= (_MATVEC_ROWS_BESIDE_TENSOR_CORES if tile else MATVEC_ROWS)
-    if not by_tile and not by_vector:
-        weight = _gptq_weight(_in_file_order(kept, qweight, scales, g_idx, bits), x.dtype)
+    in_file_order = _in_file_order(kept, qweight, scales, g_idx, bits)
+
+    def dense() -> Tensor:
+        weight = _gptq_weight(in_file_order, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
-        return y.view(*leading, N)
-    if kept.order is None:
-        layer = _in_file_order(kept, qweight, scales, g_idx, bits)
-    else:
-        x = x.index_select(1, kept.order)
+            return linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
+
+    if not by_tile and not by_vector:
+        return dense().view(*leading, N)
+    given, layer = x, in_file_order
+    if kept.order is not None:
+        given = x.index_select(1, kept.order)
         layer = gptq.Layer(kept.words, scales, kept.zero_point, kept.g_idx, bits, kept.group_size)
     ways: list[Callable[[], Tensor]] = []
     if by_vector:
-        ways += [functools.partial(gptq.matvec, x, layer, bias, how, gpu.multiprocessors) for how in gptq.MATVEC]
+        ways += [functools.partial(gptq.matvec, given, layer, bias, how, gpu.multiprocessors) for how in gptq.MATVEC]
     if by_tile:
         ways += [
-            functools.partial(gptq.matmul, x, layer, bias, how, gpu.multiprocessors)
+            functools.partial(gptq.matmul, given, layer, bias, how, gpu.multiprocessors)
             for how in gptq.matmul_configs(rows)
         ]
+    if by_tile and rows > DENSE_ROWS:
+        ways.append(dense)
     key = ("gptq", bits, x.dtype, N, K, layer.group_size, tune.rows_class(rows), len(ways))
     return _run(key, _variant(x, bias, scales, g_idx), ways, x.device).view(*leading, N)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qlm.errors import Unavailable, UsageError
 from qlm.kernels import cuda_ops, ops
-from qlm.kernels.cuda_ops import FUSED_ROWS, MATVEC_ROWS, Gpu
+from qlm.kernels.cuda_ops import DENSE_ROWS, FUSED_ROWS, MATVEC_ROWS, Gpu
 from tests.kernels.test_cuda_gptq import DTYPES, TOLERANCE, File, file, kept, random, rounded
 
 TURING, AMPERE = Gpu((7, 5), 4), Gpu((8, 0), 4)
@@ -54,6 +54,33 @@ def check_rows(groups: str, turing: bool) -> None:
 @pytest.mark.parametrize("groups", ["128", "act"])
 def test_rows(groups: str, turing: bool, interpreted: Callable[..., Any]) -> None:
     interpreted(check_rows, groups, turing)
+
+
+def check_every_way(groups: str) -> None:
+    """The ways that a GPU may choose from, for more rows than a tile has: from unpacking in the kernel to a product with the whole weight."""
+    from qlm.kernels.cuda import tune
+
+    layer, counts = file(4, groups), []
+    x, bias = random(DENSE_ROWS + 1, 256, dtype=torch.float16), random(96, dtype=torch.float16, seed=1)
+    expected = x.double() @ rounded(layer.weight, torch.float16).double() + bias.double()
+    for way in range(4):
+
+        def chosen(
+            key: Any, variant: Any, count: int, launch: Callable[[int], Tensor], device: Any, way: int = way
+        ) -> Tensor:
+            counts.append(count)
+            return launch(way if count > 1 else 0)
+
+        with mock.patch.object(tune, "run", chosen):
+            y = product(layer, x, bias, AMPERE)
+        assert (y.double() - expected).abs().max() / expected.abs().max() < 2 * TOLERANCE[torch.float16], way
+    # The last one asks for the weight, for which there is one way.
+    assert counts == [4, 4, 4, 4, 1]
+
+
+@pytest.mark.parametrize("groups", ["128", "act"])
+def test_every_way(groups: str, interpreted: Callable[..., Any]) -> None:
+    interpreted(check_every_way, groups)
 
 
 def check_shapes_of_x() -> None:
