@@ -274,7 +274,7 @@ def measure_inference(
     return {**in_ms("prefill", prefills), **in_ms("step", steps), "peak_mib": bench.peak_mib(), **facts}
 
 
-def check_attention_agrees(model: Any, ids: Tensor, attention: str, dtype: str) -> dict[str, Any]:
+def check_attention_agrees(model: Any, ids: Tensor, attention: str, allowed: float) -> dict[str, Any]:
     """Logits of a row against eager attention's; the model then has `attention`."""
     row, logits = ids[:1, :256], []
     with torch.no_grad():
@@ -282,45 +282,114 @@ def check_attention_agrees(model: Any, ids: Tensor, attention: str, dtype: str) 
             model.set_attn_implementation(name)
             logits.append(model(input_ids=row, use_cache=False).logits)
     found = difference(logits[1], logits[0])
-    if not found <= DIFFERENCE[dtype]:
-        raise Differs(
-            f"logits differ from eager attention's by {found:.3g} of their size, {DIFFERENCE[dtype]} is allowed"
-        )
+    if not found <= allowed:
+        raise Differs(f"logits differ from eager attention's by {found:.3g} of their size, {allowed} is allowed")
     return {"largest_difference": float(f"{found:.3g}")}
 
 
-def measure_training(bench: Bench, shape: str, attention: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """Time of a forward pass with its loss and a backward pass, and memory: weights, their gradients and activations; no optimizer."""
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No parameter asks for a gradient."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def embedded(model: Any, ids: Tensor) -> Tensor:
+    """What the embedding makes of ids, as a leaf that asks for its gradient."""
+    with torch.no_grad():
+        found: Tensor = model.get_input_embeddings()(ids)
+    return found.requires_grad_()
+
+
+def need_gradient(x: Tensor) -> None:
+    """
+    Raises:
+        Differs: the backward pass did not reach x, or not with numbers.
+    """
+    if x.grad is None or not bool(x.grad.isfinite().all()):
+        raise Differs(f"the gradient of the embedding's output is {'not there' if x.grad is None else 'not finite'}")
+
+
+def measure_training(
+    bench: Bench,
+    shape: str,
+    attention: str,
+    batch: int,
+    length: int,
+    rounds: int,
+    *,
+    weights: str = "float",
+    base: str = "trained",
+    as_page: bool = False,
+) -> dict[str, Any]:
+    """Time of a forward pass with its loss and a backward pass, and the most memory of both, weights and gradients included; no optimizer.
+
+    Args:
+        base: "trained", all weights get a gradient; or "frozen", none does and the backward pass goes through all blocks to the output of
+            the input embedding: what every adapter on a frozen base needs at least. Quantized weights have no other.
+        as_page: time besides what transformers' page times (opt_page.py): the logits' sum in the place of the loss.
+    """
+    need(weights)
     need_attention(attention, str(bench.device))
-    model = bench.model(shape, "float", attention)
+    model = bench.model(shape, weights, attention)
     ids = bench.ids(model, batch, length)
     facts: dict[str, Any] = {}
     if attention != "eager":
-        facts = check_attention_agrees(model, ids, attention, bench.dtype)
+        facts = check_attention_agrees(model, ids, attention, tolerance(weights, bench.dtype))
+
+    def forward(**more: Any) -> tuple[Any, Tensor | None]:
+        if base == "trained":
+            return model(input_ids=ids, use_cache=False, **more), None
+        x = embedded(model, ids)
+        return model(inputs_embeds=x, use_cache=False, **more), x
+
+    def loss_once() -> float:
+        bench.finish()
+        began = time.perf_counter()
+        found, x = forward(labels=ids)
+        found.loss.backward()
+        model.zero_grad(set_to_none=True)
+        bench.finish()
+        seconds = time.perf_counter() - began
+        facts["loss"] = float(f"{found.loss.item():.5g}")
+        if not facts["loss"] < float("inf"):
+            raise ValueError(f"the loss is {found.loss.item()}")
+        if x is not None and "gradient" not in facts:
+            need_gradient(x)
+            facts["gradient"] = "of the embedding's output"
+        return seconds
+
+    def page_once() -> float:
+        bench.finish()
+        began = time.perf_counter()
+        forward()[0].logits.sum().backward()
+        model.zero_grad(set_to_none=True)
+        bench.finish()
+        return time.perf_counter() - began
+
+    def timed(once: Callable[[], float]) -> tuple[list[float], float | None]:
+        once()
+        bench.reset_peak()
+        times = [once() for _ in range(rounds + 1)][1:]
+        return times, bench.peak_mib()
+
     try:
         model.train()
-        if attention == "sdpa":
-            facts["sdpa_backend"] = chosen_by_sdpa(lambda: model(input_ids=ids, use_cache=False))
-            facts["flash"] = flash_ran(model, ids)
-
-        def once() -> float:
-            bench.finish()
-            began = time.perf_counter()
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-            bench.finish()
-            seconds = time.perf_counter() - began
-            facts["loss"] = float(f"{loss.item():.5g}")
-            if not facts["loss"] < float("inf"):
-                raise ValueError(f"the loss is {loss.item()}")
-            return seconds
-
-        with only_flash(facts.get("flash")):
-            once()
-            bench.reset_peak()
-            times = [once() for _ in range(rounds + 1)][1:]
-        return {**in_ms("batch", times), "peak_mib": bench.peak_mib(), **facts}
+        with frozen(model) if base == "frozen" else nullcontext():
+            if attention == "sdpa":
+                facts["sdpa_backend"] = chosen_by_sdpa(lambda: model(input_ids=ids, use_cache=False))
+                facts["flash"] = flash_ran(model, ids)
+            with only_flash(facts.get("flash")):
+                times, peak = timed(loss_once)
+                if as_page:
+                    page_times, facts["page_peak_mib"] = timed(page_once)
+                    facts |= in_ms("page_batch", page_times)
+        return {**in_ms("batch", times), "peak_mib": peak, **facts}
     finally:
         # Also where it did not fit.
         model.zero_grad(set_to_none=True)

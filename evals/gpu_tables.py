@@ -5,8 +5,9 @@
 
 Models have random weights (random_models.py) and are made on the GPU. The tables: OPT-350m's shape in fp16 by eager attention, SDPA and
 flash-attn, int8, NF4 and GPTQ of 4 bits; inference by transformers' own loop with a cache that grows and by qlm's recorded steps; training
-for the float model. The same for Pythia-1.4B's and SantaCoder's shapes, with fewer sizes. What lacks a package says so; a recorded step must
-give the logits of the loop with a growing cache before it is timed.
+of all weights for the float model, through a frozen base for it and the quantized ones. The same for Pythia-1.4B's and SantaCoder's shapes.
+The smallest and largest sizes of every shape come first. What lacks a package says so; a recorded step must give the logits of the loop with a
+growing cache before it is timed. Beside OPT-350m's figures stand those of the page (opt_page.py).
 
 Writes gpu_tables-GPU.json (rows replace those of the same name) and .md into the folder after every cell. `--seconds` starts no cell after so
 many; `--missing` measures what the file has not. Exit code 69 where there is no GPU, 1 if a cell failed. The last line printed is JSON.
@@ -14,6 +15,7 @@ many; `--missing` measures what the file has not. Exit code 69 where there is no
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_cells import NO_GPU, Cell, Results, Resumption, add_options, results_folder, run_cells, say_goal, supervised
-from gpu_tables_page import page
+from opt_page import SHAPE as PAGE_SHAPE
+from opt_page import full_page
 from shared import cpu_name, driver_version, slug, use_checkout, versions
 
 if TYPE_CHECKING:
@@ -39,55 +42,85 @@ SIDES = (
     ("float", "eager"), ("float", "sdpa"), ("float", "flash_attention_2"), ("int8", "sdpa"), ("nf4", "sdpa"), ("gptq-4bit", "sdpa"),
 )  # fmt: skip
 LOOPS = ("growing", "recorded")
+# Of training: what is called in the tables by its first word, weights, attention, and whether these are trained. Quantized weights are not.
+TRAINED = (
+    *(("float", "float", attention, "trained") for attention in ("eager", "sdpa", "flash_attention_2")),
+    ("frozen float", "float", "sdpa", "frozen"),
+    *((weights, weights, "sdpa", "frozen") for weights in ("int8", "nf4", "gptq-4bit")),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Of a shape's tables: every batch with every number of tokens. `new` tokens are decoded in each of `rounds` rounds."""
 
-    batches: tuple[int, ...]
-    prompts: tuple[int, ...]
-    training_batches: tuple[int, ...]
-    lengths: tuple[int, ...]
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    prompts: tuple[int, ...] = (128, 256, 512, 1024)
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     new: int = 16
     rounds: int = 5
+    as_page: bool = False
 
 
+# The page's, for every shape.
 TABLES = {
-    "opt-350m": Sizes((1, 2, 4, 8), (128, 256, 512, 1024), (1, 2, 4, 8), (128, 256, 512, 1024, 2048)),
-    "pythia-1.4b": Sizes((1, 8), (128, 1024), (1, 8), (512, 2048)),
-    "santacoder-1.1b": Sizes((1, 8), (128, 1024), (1, 8), (512, 2048)),
-    "tiny": Sizes((1, 2), (16,), (2,), (16, 32), new=2, rounds=1),
+    PAGE_SHAPE: Sizes(as_page=True),
+    "pythia-1.4b": Sizes(),
+    "santacoder-1.1b": Sizes(),
+    "tiny": Sizes((1, 2, 4), (16,), (16, 24, 32), new=2, rounds=1, as_page=True),
 }
 
 
-def table_cells(bench: "Bench", part: str, shape: str) -> Iterator[Cell]:
-    from gpu_measure import measure_inference, measure_training
+def corners_first(batches: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(batch, tokens): the first and last of both with each other, and the rest."""
+    everything = list(itertools.product(batches, lengths))
+    ends = [(a, b) for a, b in everything if a in (batches[0], batches[-1]) and b in (lengths[0], lengths[-1])]
+    return ends, [one for one in everything if one not in ends]
 
-    sizes, named = TABLES[shape], {"part": part, "shape": shape, "dtype": bench.dtype}
-    if part == "training":
-        for attention in dict.fromkeys(attention for _, attention in SIDES):
-            for batch in sizes.training_batches:
-                for length in sizes.lengths:
-                    yield Cell(
-                        f"training {shape} {attention} batch {batch} tokens {length}",
-                        {**named, "weights": "float", "attention": attention, "batch": batch, "tokens": length},
-                        partial(measure_training, bench, shape, attention, batch, length, sizes.rounds),
-                    )
-        return
+
+def training_cells(bench: "Bench", shape: str, sizes: Sizes, grid: list[tuple[int, int]]) -> Iterator[Cell]:
+    """Cells of one model follow each other, so that it is built once."""
+    from gpu_measure import measure_training
+
+    for called, weights, attention, base in TRAINED:
+        for batch, length in grid:
+            keys = {"weights": called, "attention": attention, "base": base, "batch": batch, "tokens": length}
+            yield Cell(
+                f"training {shape} {'' if called == 'float' else called + ' '}{attention} batch {batch} tokens {length}",
+                {"part": "training", "shape": shape, "dtype": bench.dtype, **keys},
+                partial(
+                    measure_training, bench, shape, attention, batch, length, sizes.rounds, weights=weights, base=base,
+                    as_page=sizes.as_page and base == "trained",
+                ),
+            )  # fmt: skip
+
+
+def inference_cells(bench: "Bench", shape: str, sizes: Sizes, grid: list[tuple[int, int]]) -> Iterator[Cell]:
+    from gpu_measure import measure_inference
+
     for weights, attention in SIDES:
-        for batch in sizes.batches:
-            for prompt in sizes.prompts:
-                for loop in LOOPS:
-                    if attention == "flash_attention_2" and loop == "recorded":
-                        continue
-                    keys = {"weights": weights, "attention": attention, "loop": loop, "batch": batch, "tokens": prompt}
-                    what = (shape, weights, attention, loop, batch, prompt)
-                    yield Cell(
-                        f"inference {shape} {weights} {attention} {loop} batch {batch} tokens {prompt}",
-                        {**named, **keys},
-                        partial(measure_inference, bench, *what, sizes.new, sizes.rounds),
-                    )
+        for batch, prompt in grid:
+            for loop in LOOPS:
+                if attention == "flash_attention_2" and loop == "recorded":
+                    continue
+                keys = {"weights": weights, "attention": attention, "loop": loop, "batch": batch, "tokens": prompt}
+                what = (shape, weights, attention, loop, batch, prompt)
+                yield Cell(
+                    f"inference {shape} {weights} {attention} {loop} batch {batch} tokens {prompt}",
+                    {"part": "inference", "shape": shape, "dtype": bench.dtype, **keys},
+                    partial(measure_inference, bench, *what, sizes.new, sizes.rounds),
+                )
+
+
+def table_cells(bench: "Bench", parts: list[str], shapes: list[str]) -> Iterator[Cell]:
+    """Smallest and largest sizes of all shapes, then what lies between them."""
+    for which in range(2):
+        for shape in shapes:
+            sizes = TABLES[shape]
+            if "inference" in parts:
+                yield from inference_cells(bench, shape, sizes, corners_first(sizes.batches, sizes.prompts)[which])
+            if "training" in parts:
+                yield from training_cells(bench, shape, sizes, corners_first(sizes.batches, sizes.lengths)[which])
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -99,10 +132,7 @@ def all_cells(bench: "Bench", part: str, shapes: list[str]) -> Iterator[Cell]:
 
     if part in ("goals", "all"):
         yield from goal_cells(bench, TINY_GOALS if shapes == ["tiny"] else GoalSizes())
-    for shape in shapes:
-        for one in ("inference", "training"):
-            if part in (one, "all"):
-                yield from table_cells(bench, one, shape)
+    yield from table_cells(bench, [one for one in ("inference", "training") if part in (one, "all")], shapes)
 
 
 def say(row: dict[str, Any]) -> None:
@@ -166,7 +196,7 @@ def main() -> int:
     results = Results(
         results_folder(options.out) / f"gpu_tables-{slug(device_name)}.json",
         {"machine": machine, "versions": versions()},
-        page,
+        full_page,
     )
     bench = Bench(options.device)
     cells = list(all_cells(bench, options.part, options.shapes))

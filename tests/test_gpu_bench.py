@@ -12,12 +12,14 @@ import torch
 import qlm
 from qlm.errors import UsageError
 from qlm.gpu_bench import copy_bandwidth, gpu_bench, weight_bytes
-from qlm.recipe import load_recipe
+from qlm.recipe import parse_recipe
 from qlm.static_decoder import StaticDecoder
 from tests import tiny_models
+from tests.conftest import recipe_text
 
 module = sys.modules["qlm.gpu_bench"]
 PREFILL, STEP, COPIED = 0.25, 0.125, 1e9
+LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @pytest.fixture
@@ -49,22 +51,30 @@ def test_figures(folder_of: Callable[[str], Path]) -> None:
     assert found.to_json()["decode_ms_per_token"] == 62.5
 
 
-def test_bytes_of_a_step(folder_of: Callable[[str], Path], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Tied heads are read, embeddings that are no head are not; scales of NF4 blocks are."""
+def test_bytes_of_a_step() -> None:
+    """Tied heads are read, embeddings that are no head are not."""
     tied, untied = tiny_models.build("opt"), tiny_models.build("neox-parallel-rotary-0.25")
     everything = {id(p): p.nbytes for p in tied.parameters()}
     positions = tied.model.decoder.embed_positions.weight.nbytes
     assert weight_bytes(tied) == sum(everything.values()) + sum(b.nbytes for b in tied.buffers()) - positions
     whole = sum(t.nbytes for t in (*untied.parameters(), *untied.buffers()))
     assert weight_bytes(untied) == whole - untied.gpt_neox.embed_in.weight.nbytes
-    quantized = qlm.quantize(load_recipe(recipe_file(folder_of("opt"), tmp_path / "out", "nf4")))
-    model = qlm.load(quantized.output, dtype=torch.float32)
-    packed = sum(
-        m.weight.nbytes + m.weight.quant_state.absmax.nbytes for m in model.modules() if type(m).__name__ == "Nf4Linear"
-    )
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bytes_of_a_step_with_nf4(double_quant: bool, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """By what the files hold: codes, scales of blocks and, with double quantization, scales of scales; no tables."""
+    section = {"backend": "nf4", "double_quant": double_quant}
+    text = recipe_text(folder_of("opt"), tmp_path / "out", text=None, **section)
+    model = qlm.load(qlm.quantize(parse_recipe(text, "r.yaml")).output, dtype=torch.float32)
+    linears = {name: m.weight.numel() for name, m in tiny_models.build("opt").named_modules() if name.endswith(LINEARS)}
+    assert len(linears) == 2 * len(LINEARS)
+    expected = 0
+    for weights in linears.values():
+        scales = weights // 64
+        expected += weights // 2 + (scales + 4 * -(-scales // 256) if double_quant else 4 * scales)
     floats = sum(p.nbytes for p in {id(p): p for p in model.parameters() if p.dtype == torch.float32}.values())
-    assert packed
-    assert weight_bytes(model) == packed + floats - model.model.decoder.embed_positions.weight.nbytes
+    assert weight_bytes(model) == expected + floats - model.model.decoder.embed_positions.weight.nbytes
 
 
 def test_a_copy_takes_time() -> None:
