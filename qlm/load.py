@@ -55,13 +55,13 @@ class Source:
         """Names in memory of the tensors that the files hold (a tied head they need not)."""
         return [name for name, stored in self.file_names.items() if stored in self.checkpoint.tensors]
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor of that name in memory, as the file holds it, or as `dtype`.
+    def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
+        """The tensor of that name in memory, as the file holds it, or as `dtype`; it is looked at and converted on the device.
 
         Raises:
             DataError: a value is NaN or infinite, or too large for `dtype`.
         """
-        tensor = self.checkpoint.read(self.file_names[name])
+        tensor = self.checkpoint.read(self.file_names[name]).to(device)
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in self.scheme:
             # Packed codes, which bitsandbytes may hold as floats; seen as such some are NaN.
@@ -239,7 +239,7 @@ def fill(model: Any, source: Source, path: str = "", *, dtype: torch.dtype, devi
         _set_module(model, name, _quantized_module(source, model.get_submodule(name), name, dtype, device))
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name.startswith(within) and parameter.is_meta and source.file_names[name] in source.checkpoint.tensors:
-            set_parameter(model, name, source.read(name, dtype).to(device))
+            set_parameter(model, name, source.read(name, dtype, device))
     for name, buffer in model.named_buffers():
         if name.startswith(within) and buffer.device != torch.device(device):
             owner, _, leaf = name.rpartition(".")
@@ -250,10 +250,10 @@ def _quantized_module(source: Source, linear: nn.Linear, path: str, dtype: torch
     assert source.backend is not None
     shape = (linear.out_features, linear.in_features)
     tensors = {
-        suffix: source.read(f"{path}.{suffix}").to(device)
+        suffix: source.read(f"{path}.{suffix}", device=device)
         for suffix in source.backend.layout(shape, source.scheme[path])
     }
-    bias = source.read(f"{path}.bias", dtype).to(device) if linear.bias is not None else None
+    bias = source.read(f"{path}.bias", dtype, device) if linear.bias is not None else None
     try:
         return source.backend.module(tensors, bias, shape, source.scheme[path], dtype).eval()
     except DataError as error:

@@ -331,7 +331,7 @@ def _embed(job: _Job, windows: Tensor, section: QuantizeRecipe) -> Stream:
     """The inputs of the first block. What lies outside the blocks is in memory for as long as that takes."""
     names = job.outside_blocks()
     for name in names:
-        set_parameter(job.model, name, job.source.read(name, job.compute).to(job.device))
+        set_parameter(job.model, name, job.source.read(name, job.compute, job.device))
     stream = stream_of(job.model, job.source.spec, job.blocks[0], windows, job.device, section)
     for name in names:
         _forget(job.model, name)
@@ -355,7 +355,7 @@ def _quantize_shard(job: _Job, path: str, stream: Stream | None) -> tuple[dict[s
         source.spec,
         source.config,
         job.chosen,
-        lambda name: source.read(name).to(job.device),
+        lambda name: source.read(name, device=job.device),
         stream,
         job.dtype,
     )
