@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from gpu_cells import NO_GPU, say_goal
 from quantize_speed import SHAPES, end_on_sigterm, write_checkpoint
-from shared import ROOT, change_json, cpu_name, slug, status_bytes, use_checkout, versions
+from shared import ROOT, change_json, cpu_name, driver_version, slug, status_bytes, use_checkout, versions
 
 SIDES = ("qlm", "peer")
 
@@ -117,13 +117,20 @@ def text_for(checkpoint: Path, file: Path, options: argparse.Namespace) -> Path:
     return file
 
 
+def machine_of(device: str) -> dict[str, str | None]:
+    """GPU, its driver and torch's CUDA; None on a CPU."""
+    if device == "cpu":
+        return {"gpu": None, "driver": None, "cuda": None}
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver_version(), "cuda": torch.version.cuda}
+
+
 def report_of(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
     """What the runs that there are come to; ratios as soon as both sides have one."""
     report: dict[str, Any] = {
         "shape": options.shape, "device": options.device, "precision": options.precision, "batch_size": options.batch_size,
         "length": options.length, "r": options.r, "dropout": options.dropout, "steps": options.steps, "warm_up": options.warm_up,
         "gradient_checkpointing": options.gradient_checkpointing, "optimizer": options.optimizer, "threads": options.threads, "rounds": options.rounds,
-        "cpu": cpu_name(), "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
+        "cpu": cpu_name(), **machine_of(options.device),
         **{side: summary_of(runs[side]) for side in SIDES if runs[side]},
     }  # fmt: skip
     everything = {"runs": runs, "versions": versions()}

@@ -2,14 +2,14 @@
 # The goals, all checks and the most important tables on a GPU, in three commands of less than ten minutes each:
 #
 #     bash evals/gpu_session.sh 1 [WHEELS]     goals; every check; a step of QLoRA beside plain PEFT's
-#     bash evals/gpu_session.sh 2 [WHEELS]     GPTQ of OPT-6.7B's shape: two blocks, then all of it
+#     bash evals/gpu_session.sh 2 [WHEELS]     GPTQ of OPT-6.7B's shape: two blocks, then all of it, and beside that the checks of quanto
 #     bash evals/gpu_session.sh 3 [WHEELS]     the end of that; kernels one by one; tables of inference and training
 #
 # WHEELS is a folder that gpu_wheels.py filled (.whl); without one the packages must be there. For a machine without a network, where a
 # command may take ten minutes and $OUT alone, of 8 files at most, comes back: every driver writes as it goes and has a budget. What an earlier part has found is taken up again from evals/results, where it was put.
 #
-# Environment: OUT, where results go (out/gpu); PYTHON (python3); LIMIT, the seconds of a part (570); STATE, a folder that outlives a command
-# but not the machine (/tmp/qlm-gpu-session); DRY=1, the same commands on a CPU with tiny shapes, which tests this script.
+# Environment: OUT, where results go (out/gpu); PYTHON (python3); LIMIT, the seconds of a part (480: three of them, the machine's start and
+# transfers are half an hour); STATE, a folder that outlives a command but not the machine (/tmp/qlm-gpu-session); DRY=1, the same commands on a CPU with tiny shapes, which tests this script.
 set -uo pipefail
 
 usage() {
@@ -21,7 +21,7 @@ usage() {
 part=$1 wheels=${2:-.whl}
 cd "$(dirname "$0")/.." || exit
 export OUT=${OUT:-$PWD/out/gpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-570} STATE=${STATE:-/tmp/qlm-gpu-session} DRY=${DRY:-}
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-480} STATE=${STATE:-/tmp/qlm-gpu-session} DRY=${DRY:-}
 log=$OUT/log-$part.txt
 mkdir -p "$OUT" "$STATE"
 
@@ -33,7 +33,7 @@ quantize=(evals/quantize_speed.py opt-6.7b --device cuda --samples 128 --length 
 blocks=2
 # Texts of gpu_check's --only, one process each: together they name every check. Most of the time goes into compiling kernels, on one core.
 checks=("kernels gptq 2-bit" "kernels gptq 3-bit" "kernels gptq 4-bit" "kernels gptq 8-bit" "kernels int8" "repeated" "op " "module "
-    "model opt" "model neox" "model bigcode" "flash " "text " "quantize columns" "quantize opt" "quantize neox" "quantize bigcode")
+    "model opt" "model neox" "model bigcode" "flash " "text " "bench " "train " "quantize columns" "quantize opt" "quantize neox" "quantize bigcode")
 if [[ $DRY ]]; then
     device=cpu
     tables+=(--device cpu --shapes tiny)
@@ -65,30 +65,58 @@ within() {
     say "exit code ${PIPESTATUS[0]}"
 }
 
-# What the machine lacks, from wheels alone and beside its own packages; once, as long as the machine stays.
-packages() {
-    local site=$STATE/site
-    if [[ ! -e $site.complete ]]; then
-        if ! compgen -G "$wheels/*.whl" >/dev/null; then
-            say "no wheels in $wheels: with what is installed"
-            return
-        fi
-        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$wheels"/*.whl 2>&1 |
-            tee -a "$log"
-        ((PIPESTATUS[0] == 0)) || exit 1
-        touch "$site.complete"
-    fi
-    export PYTHONPATH=$site
+# install_into FOLDER WHEEL...: beside the machine's own packages; once, as long as the machine stays.
+install_into() {
+    local site=$1
+    shift
+    [[ -e $site.complete ]] && return
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$@" 2>&1 | tee -a "$log"
+    ((PIPESTATUS[0] == 0)) || exit 1
+    touch "$site.complete"
 }
 
-# What is there, and whether a kernel of Triton's and one of bitsandbytes' run at all.
+# What the machine lacks, from wheels alone. quanto has a folder of its own: its qint4 compiles an extension when it is first used, for a
+# minute or more, and each process that comes to it would wait.
+packages() {
+    local most=() quanto=() wheel
+    for wheel in "$wheels"/*.whl; do
+        case $wheel in
+        */optimum_quanto-*) quanto+=("$wheel") ;;
+        *) [[ -e $wheel ]] && most+=("$wheel") ;;
+        esac
+    done
+    if ((${#most[@]} == 0)); then
+        say "no wheels in $wheels: with what is installed"
+        return
+    fi
+    install_into "$STATE/site" "${most[@]}"
+    ((${#quanto[@]})) && install_into "$STATE/quanto" "${quanto[@]}"
+    export PYTHONPATH=$STATE/site
+}
+
+# qlm ARGUMENT...: the command line of this checkout, which need not be installed.
+qlm() {
+    within 60 "$PYTHON" -c 'import sys
+sys.path[:0] = ["evals"]
+from shared import use_checkout
+use_checkout()
+from qlm.cli import main
+main(sys.argv[1:])' "$@" --device "$device"
+}
+
+# What is there, whether a kernel of Triton's and one of bitsandbytes' run at all, and what a user would call first.
 look() {
     df -h "$STATE" "$OUT" 2>&1 | tee -a "$log"
     nproc | tee -a "$log"
     free -g 2>/dev/null | head -2 | tee -a "$log"
-    [[ $DRY ]] && return
+    [[ $DRY ]] || look_at_the_gpu
+    qlm bench evals/checkpoints/tiny-opt --prompt 64 --new 32 --repeats 2
+    qlm generate evals/checkpoints/tiny-opt --prompt "The city was" --max-new-tokens 32 --greedy
+}
+
+look_at_the_gpu() {
     nvidia-smi -L 2>&1 | tee -a "$log"
-    within 90 "$PYTHON" -c '
+    within 60 "$PYTHON" -c '
 import sys
 sys.path[:0] = ["evals"]
 from shared import use_checkout, versions
@@ -125,6 +153,20 @@ check() {
     fi
 }
 
+# Those of quanto, one process, and a report of them and of what part 1 found.
+check_quanto() {
+    local most=$1
+    [[ -e $STATE/quanto.complete ]] || return
+    mkdir -p "$STATE/check"
+    # It compiles while GPTQ's checkpoint is drawn and written, and leaves it cores.
+    within "$most" nice env MAX_JOBS=6 OMP_NUM_THREADS=1 PYTHONPATH="$STATE/quanto:${PYTHONPATH:-}" "$PYTHON" evals/gpu_check.py \
+        --device "$device" --only quanto --seconds $((most * 4 / 5)) --out "$STATE/check/quanto.json"
+    # By name the last of them: it replaces those that had no package.
+    if [[ -e $STATE/check/quanto.json ]]; then
+        within 60 "$PYTHON" evals/gpu_check.py --merge "$STATE"/check/*.json
+    fi
+}
+
 # What an earlier part found: figures that are there are not measured again, and go back with the new ones.
 take_up() {
     local file
@@ -156,14 +198,15 @@ wait_for_quantize() {
 part_1() {
     look
     take_up gpu_tables
-    within 215 "$PYTHON" "${tables[@]}" --part goals --seconds 185
-    check 150
-    within 150 "$PYTHON" "${finetune[@]}"
+    within 165 "$PYTHON" "${tables[@]}" --part goals --seconds 140
+    check 115
+    within 130 "$PYTHON" "${finetune[@]}"
 }
 
 part_2() {
-    within 150 "$PYTHON" "${quantize[@]}" --blocks "$blocks"
+    within 120 "$PYTHON" "${quantize[@]}" --blocks "$blocks"
     quantize_behind
+    check_quanto 150
     wait_for_quantize $(($(left) - 5))
 }
 
@@ -175,13 +218,13 @@ part_3() {
     take_up gpu_kernels
     take_up gpu_tables
     # One dtype: the other has the same speed.
-    within 130 "$PYTHON" evals/gpu_kernels.py --models opt-350m,pythia-6.9b --dtypes float16 --missing --seconds 110
+    within 100 "$PYTHON" evals/gpu_kernels.py --models opt-350m,pythia-6.9b --dtypes float16 --missing --seconds 80
     if [[ $DRY ]]; then
         within 60 "$PYTHON" "${tables[@]}" --part training --missing
         return
     fi
-    within $(($(left) - 130)) "$PYTHON" "${tables[@]}" --part inference --shapes opt-350m --missing --seconds $(($(left) - 160))
-    within "$(left)" "$PYTHON" "${tables[@]}" --part training --shapes opt-350m --missing --seconds $(($(left) - 30))
+    within $(($(left) - 110)) "$PYTHON" "${tables[@]}" --part inference --shapes opt-350m --missing --seconds $(($(left) - 135))
+    within "$(left)" "$PYTHON" "${tables[@]}" --part training --shapes opt-350m --missing --seconds $(($(left) - 25))
 }
 
 : >"$log"

@@ -67,11 +67,13 @@ TABLES = {
     PAGE_SHAPE: Sizes(as_page=True),
     "pythia-1.4b": Sizes(),
     "santacoder-1.1b": Sizes(),
-    "tiny": Sizes((1, 2, 4), (16,), (16, 24, 32), new=2, rounds=1, as_page=True),
+    "tiny": Sizes((1, 2), (16,), (16, 24, 32), new=2, rounds=1, as_page=True),
 }
 
 
-def corners_first(batches: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def corners_first(
+    batches: tuple[int, ...], lengths: tuple[int, ...]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(batch, tokens): the first and last of both with each other, and the rest."""
     everything = list(itertools.product(batches, lengths))
     ends = [(a, b) for a, b in everything if a in (batches[0], batches[-1]) and b in (lengths[0], lengths[-1])]

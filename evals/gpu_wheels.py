@@ -23,9 +23,11 @@ from pathlib import Path
 
 from shared import ROOT
 
-# What is not there, or too old: transformers' models, bitsandbytes and PEFT for QLoRA, pydantic and ruamel.yaml for recipes, and what these need.
+# What is not there, or too old: transformers' models, bitsandbytes and PEFT for QLoRA, pydantic and ruamel.yaml for recipes, and what these need;
+# optimum-quanto, whose sources in C++ and CUDA are compiled there, with ninja and nvcc. flash-attn has no wheel.
 PACKAGES = (
-    "transformers", "bitsandbytes", "peft", "pydantic", "ruamel.yaml", "typing_extensions", "typing_inspection", "annotated_types",
+    "transformers", "bitsandbytes", "peft", "optimum-quanto", "pydantic", "ruamel.yaml", "typing_extensions", "typing_inspection",
+    "annotated_types",
 )  # fmt: skip
 # The newest glibc that a wheel may ask for; pip takes the tags as they are given, and none between them.
 GLIBC_MINOR = 28

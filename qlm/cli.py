@@ -292,15 +292,19 @@ def _source(kind: Any, option: str, data: str | None, more: dict[str, Any]) -> A
 
 
 @app.command()
-def plan(recipes: Recipes, json_file: JsonFile = None, debug: Debug = False) -> None:
+def plan(recipes: Recipes, device: Device = "cpu", json_file: JsonFile = None, debug: Debug = False) -> None:
     """Predict memory, disk and time of recipes, without doing anything."""
+    from qlm.load import check_device
     from qlm.plan import plan as make_plan
     from qlm.recipe import FinetuneRecipe, load_any_recipe
     from qlm.training.plan import plan_training
 
+    check_device(device)
     loaded = {str(path): load_any_recipe(path) for path in recipes}
     plans = {
-        path: (plan_training(recipe) if isinstance(recipe, FinetuneRecipe) else make_plan(recipe)).to_json()
+        path: (
+            plan_training(recipe, device) if isinstance(recipe, FinetuneRecipe) else make_plan(recipe, device)
+        ).to_json()
         for path, recipe in loaded.items()
     }
     _show(plans if len(plans) > 1 else next(iter(plans.values())), json_file)

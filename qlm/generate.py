@@ -1,6 +1,7 @@
 """Text from a prompt: a model's logits, options on them, a token of each sequence, and its text, again and again.
 
-Tokens are those of transformers' `model.generate` for the same settings and seed, to the last one. But an option that is
+Tokens are those of transformers' `model.generate` for the same settings and seed, where the cache grows as theirs does; steps of fixed
+shape add up in another order. But an option that is
 not given means "off": neither a model's generation_config (what its folder says about sampling) counts, nor
 transformers' own defaults (top_k 50).
 
@@ -67,7 +68,7 @@ def generate(
             attention is "sdpa" or "eager" and more than a few tokens are wanted. False: there, the same steps without a graph, so
             that the text is the same.
 
-    Raises UsageError for options, DataError for a tokenizer or logits that cannot be right.
+    Raises UsageError for options and for adapters that look at prompts, DataError for a tokenizer or logits that cannot be right.
     """
     options = Options(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, num_return_sequences, seed, greedy, stop
@@ -116,10 +117,14 @@ def _inside(model: Any) -> Any:
     if not hasattr(model, "get_base_model"):
         return model
     config = model.active_peft_config
-    if config.is_prompt_learning:
-        raise UsageError(
-            f"adapter: found {config.peft_type.value}, which changes prompts; expected LoRA or another that changes linears"
+    activated = getattr(config, "alora_invocation_tokens", None)
+    if config.is_prompt_learning or activated:
+        found = (
+            "an activated LoRA, which looks at prompts"
+            if activated
+            else f"{config.peft_type.value}, which changes prompts"
         )
+        raise UsageError(f"adapter: found {found}; expected LoRA or another that changes linears alone")
     return model.get_base_model()
 
 
@@ -152,7 +157,7 @@ def _write(decoder: Decoder, ids: Tensor, options: Options, writers: Sequence[Te
         if left and ahead:
             logits = decoder.step(tokens)
         found = read()
-        if min(found) < 0:
+        if any(index < 0 for index, writer in zip(found, writers, strict=True) if not writer.ended):
             raise DataError(
                 f"logits are NaN or infinite after {ids.shape[1]} tokens; "
                 "float16 may have overflowed: try bfloat16 or float32"

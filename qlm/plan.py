@@ -30,8 +30,8 @@ from qlm.tune import LOOK
 
 # Python, torch, transformers and their thread pools, measured on Linux: 0.45-0.6 GB.
 PROCESS_BYTES = 650_000_000
-# Matrices as large as a Hessian that a solver has beside it at once: a damped copy and the factor, being permuted; int8 and NF4 make the
-# factor's inverse too.
+# Matrices as large as a Hessian that a calibrated backend's solver has beside it at once, counted (tests/test_on_a_gpu.py): a damped copy
+# and the factor, being permuted; int8 and NF4 make the factor's inverse too, and NF4 keeps both while it sweeps.
 HESSIAN_COPIES = {"gptq": 3, "int8": 4, "nf4": 5}
 # And of those as large as the weights of a group, in fp32: target, shift, errors, levels.
 WEIGHT_COPIES = 7
@@ -242,8 +242,9 @@ def _calibrated(
     hidden = int(getattr(source.config, source.spec.hidden_size))
     sides = 2 if recipe.quantize.follows_float else 1
     stream = tokens * hidden * compute.itemsize
-    on_gpu, added = device != "cpu", set(source.spec.residual_linears)
-    on_host = stream * (sides - 1) if on_gpu else 0
+    on_gpu, added = device.startswith("cuda"), set(source.spec.residual_linears)
+    # torch pins memory in powers of two.
+    on_host = (1 << (stream - 1).bit_length()) if on_gpu and sides == 2 else 0
     aside, statistics, products = 0, 0, 0
     stages = stages_of(source.spec, source.config)
     for stage in stages:
@@ -265,7 +266,7 @@ def _calibrated(
         aside, statistics = max(aside, aside_here), max(statistics, in_stage + aside_here, while_solving)
     widest = max(max(shape) for name, shape in shapes.items() if name.startswith(f"{first}."))
     activations = 8 * compute.itemsize * BATCH_TOKENS * widest + 4 * BATCH_TOKENS * widest
-    block = stream * sides - on_host + sides * block_weights * compute.itemsize + 2 * shard
+    block = stream * (1 if on_gpu else sides) + sides * block_weights * compute.itemsize + 2 * shard
     learning, learned = _learning(recipe, source, chosen, shapes, first, block_weights, device)
     memory = block + max(statistics + activations, learning)
     # Concatenating the batches holds both for a moment.

@@ -8,11 +8,12 @@ different (a mask over the whole cache in the place of a cache that grows).
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qlm.errors import Unavailable, UsageError
 
@@ -22,9 +23,6 @@ WARM_UP = 3
 _UNIT = 16
 
 
-# Of SDPA's. cuDNN's, which torch prefers on Hopper GPUs, is built anew for every length that keys grow to, which takes longer than a step.
-_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
 # flash-attn takes no mask, and so no cache that is only filled in part.
 ATTENTIONS = ("sdpa", "eager")
 
@@ -32,6 +30,18 @@ ATTENTIONS = ("sdpa", "eager")
 def can_decode(model: Any) -> bool:
     """Whether `StaticDecoder` takes the model: by its attention, and on one device."""
     return model.config._attn_implementation in ATTENTIONS and len({p.device for p in model.parameters()}) == 1
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Inside, SDPA does not take cuDNN's attention. torch prefers it on Hopper GPUs (`sdp_utils.cpp`), and it is built anew for every length
+    that keys grow to, which takes longer than a step."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Decoder(Protocol):
@@ -64,7 +74,7 @@ class GrowingDecoder:
     @torch.no_grad()
     def _append(self, ids: Tensor) -> Tensor:
         # Without a mask, where nothing is padded, and with the positions that follow from the cache, which are the model's default.
-        with sdpa_kernel(_SDPA):
+        with _without_cudnn():
             found = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = found.logits[:, -1]
         return logits
@@ -140,7 +150,7 @@ class StaticDecoder:
     def _forward(self) -> Tensor:
         """One step on what lies in `_ids` and `_place`: logits [B, V]."""
         mask = torch.where(self._columns <= self._place, self._seen, self._unseen)
-        with sdpa_kernel(_SDPA):
+        with _without_cudnn():
             found: Tensor = self.model(
                 input_ids=self._ids,
                 position_ids=self._place.expand(self.batch, 1),

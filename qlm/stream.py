@@ -54,9 +54,12 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
-    """Inside, GPUs multiply in TF32, eight times as fast as in fp32: factors have 11 bits, as many as a float16, and products and sums are
-    fp32's. Sums over all tokens are most of the arithmetic of quantizing, and no more exact than the activations that they are of."""
+def _tf32(x: Tensor) -> Iterator[None]:
+    """Inside, the GPU of x, if it is on one from sm_80 on, multiplies in TF32: factors have 11 bits, as many as a float16, products and sums
+    are fp32's. Sums over all tokens are most of the arithmetic of quantizing, and no more exact than the activations that they are of."""
+    if not x.is_cuda:
+        yield
+        return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
@@ -93,7 +96,7 @@ class _Sums:
             x = x - self.origin
         self.sum += x.sum(0, dtype=torch.float32)
         other = lag if target is None or self.target_origin is None else target - self.target_origin
-        with _tf32():
+        with _tf32(x):
             if not cpu_ops.add_gram_(self.hessian, x):
                 add_gram_(self.hessian, x)
             if other is not None and self.product is not None:

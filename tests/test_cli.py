@@ -845,6 +845,9 @@ class TestSmallCommands:
         assert not (tmp_path / "o").exists()
         facts = json.loads(cli("plan", recipe, "--json", "-")[1])
         assert facts["memory"] >= facts["quantize_memory"] > 1e8
+        assert json.loads(cli("plan", recipe, "--device", "cpu", "--json", "-")[1])["disk"] == facts["disk"]
+        said = cli.fails(69, "plan", recipe, "--device", "cuda")
+        assert "device: 'cuda', but torch sees no CUDA GPU here; use 'cpu'" in said
 
     def test_plan_of_several(self, cli: Cli, folder_of: Folder, recipe_file: RecipeFile, tmp_path: Path) -> None:
         recipes = [

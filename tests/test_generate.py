@@ -141,6 +141,14 @@ def test_an_adapter_that_changes_prompts() -> None:
         generate(peft.get_peft_model(model, learned), tokenizer, PROMPT, max_new_tokens=4)
 
 
+def test_an_activated_lora() -> None:
+    """PEFT looks for the tokens that activate it outside the model, which the loop calls alone."""
+    model, tokenizer = pair("opt")
+    activated = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    with pytest.raises(UsageError, match=r"adapter: found an activated LoRA, which looks at prompts; expected LoRA"):
+        generate(peft.get_peft_model(model, activated), tokenizer, PROMPT, max_new_tokens=4)
+
+
 def test_a_draw_is_multinomials() -> None:
     torch.manual_seed(0)
     for scores in torch.randn(50, 4, 300) * 3:

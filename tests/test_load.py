@@ -503,6 +503,34 @@ class TestSeveralDevices:
         found = model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
         assert found.shape[1] == 7
 
+    @pytest.mark.parametrize("backend", ["float", "int8"])
+    @pytest.mark.parametrize("variant", FAMILIES)
+    def test_same_text_and_perplexity(
+        self, variant: str, backend: str, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:  # fmt: skip
+        """Greedy and drawn; the perplexity also beside a baseline that lies on one device."""
+        folder = folder_of(variant)
+        if backend != "float":
+            recipe = parse_recipe(recipe_text(folder, tmp_path / "out", backend, None), "r.yaml")
+            folder = qlm.quantize(recipe).output
+        whole, tokenizer = qlm.load(folder, dtype=torch.float32), qlm.load_tokenizer(folder)
+        moved = self.fake(monkeypatch, cpu=1, cpu_0=1)
+        spread = qlm.load(folder, dtype=torch.float32, device="auto")
+        parts = len(block_paths(SPECS[spread.config.model_type], spread))
+        for options in ({"greedy": True}, {"seed": 3, "num_return_sequences": 2, "top_p": 0.9}):
+            moved.clear()
+            texts = [qlm.generate(m, tokenizer, "The city", max_new_tokens=12, **options) for m in (whole, spread)]
+            assert texts[0] == texts[1]
+            assert any(texts[0])
+            # Every step goes through all parts.
+            assert len(moved) >= 12 * parts
+        moved.clear()
+        ids, settings = tiny_models.token_ids(batch=1, length=100)[0], {"length": 25, "data_sha256": "", "bos": "none"}
+        found = qlm.evaluate(spread, ids, **settings, baseline=whole)
+        assert set(moved) == {"cpu", "cpu:0"}
+        assert found.perplexity == qlm.evaluate(whole, ids, **settings).perplexity > 1
+        assert found.kl_divergence == pytest.approx(0, abs=1e-7)
+
     @pytest.mark.parametrize("task", ["causal-lm", "base"])
     @pytest.mark.parametrize("backend", ["float", "int8"])
     @pytest.mark.parametrize("variant", FAMILIES)

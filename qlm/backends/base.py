@@ -80,7 +80,7 @@ class Statistics:
         return None if self.cross is None else weight.float() @ (self.cross - self.hessian).to(weight.device)
 
     def mean_lag_of(self, weight: Tensor) -> Tensor | None:
-        """Its mean: fp32 [O]."""
+        """Its mean: fp32 [O]; the weight lies where the statistics do."""
         if self.mean_lag is not None or self.mean is None or self.target_mean is None:
             return self.mean_lag
         return weight.float() @ (self.target_mean - self.mean)

@@ -192,7 +192,7 @@ class GptqBackend:
         result = gptq(target, factor, group_size=group_size, static=static, columns=columns, **grid)
         result = keep_nearest_where_better(target, factor, result, **grid)
         nearest_rows, size, damp = result.nearest_rows, row_losses(target, factor), factor.damp
-        del factor  # as large as the Hessian, of which there will be another copy
+        del factor  # as large as the Hessian, of which there will be another copy; unless it is kept for other settings
         if settings.sweeps:
             result = refine(
                 target, statistics.hessian, damp, result.codes, result.scale, result.zero_point, result.g_idx,

@@ -42,7 +42,7 @@ _TENSOR_CORES = (8, 0)
 MATVEC_ROWS = 16
 _MATVEC_ROWS_BESIDE_TENSOR_CORES = 4
 # Beyond so many rows a weight may as well be dequantized once and multiplied by cuBLAS, since the tile kernel dequantizes it for each block
-# of rows again; beyond the second number that is the only way.
+# of rows again: both are timed. Beyond the second number that is the only way. Neither number has been measured yet (evals/gpu_kernels.py).
 DENSE_ROWS, FUSED_ROWS = 64, 1024
 # torch._int_mm takes more rows than this on CUDA (torch 2.13, `_int_mm_out_cuda`).
 _INT_MM_ROWS = 16
@@ -76,7 +76,9 @@ def why_not(index: int) -> str:
         raise Unavailable(f"QLM_KERNELS=native: no GPU kernels, since {reason}; unset it to compute with torch")
     if reason:
         # Once for a device, since this is cached.
-        logging.getLogger("qlm").warning("qlm: note: int8 and GPTQ run through plain torch, slowly, since %s", reason)
+        logging.getLogger("qlm").warning(
+            "qlm: note: int8 and GPTQ run, and are quantized, through plain torch, slowly, since %s", reason
+        )
     return reason
 
 
@@ -163,18 +165,21 @@ def _variant(x: Tensor, bias: Tensor | None, *others: Tensor) -> tuple[object, .
 
 
 def columns(device: torch.device) -> tuple[Callable[..., None], Callable[..., None], int] | None:
-    """The fields of `numerics.columns.Columns` for a GPU."""
+    """The fields of `numerics.columns.Columns` for a GPU, which this module cannot name (numerics and kernels do not import each other).
+    None for a CPU, and where the kernels do not compute (`why_not`). Raises Unavailable as `why_not`."""
     if device.type != "cuda" or _gpu(device.index) is None:
         return None
     return round_columns, choose_columns, kernels("columns").MOST
 
 
 def round_columns(W: Tensor, *others: Any) -> None:
+    """As `kernels.cuda.columns.round_columns`, on W's device."""
     with torch.cuda.device(W.device):
         kernels("columns").round_columns(W, *others)
 
 
 def choose_columns(R: Tensor, *others: Any) -> None:
+    """As `kernels.cuda.columns.choose_columns`, on R's device."""
     with torch.cuda.device(R.device):
         kernels("columns").choose_columns(R, *others)
 

@@ -40,9 +40,10 @@ def round_columns(
     """GPTQ of n columns whose A knows all columns before them (notation: gptq.py).
 
     Args:
-        W: fp32 [n, O], the weights as given; becomes E.
-        A: fp32 [n, O], A / largest; becomes e / largest.
-        R: fp32 [n, n], upper triangular, the columns' part of R. largest: what A and `pivots` are relative to.
+        W: fp32 [n, O], contiguous, the weights as given; becomes E = W - Q.
+        A: fp32 [n, O], contiguous, the sums of E_i R_ij over the columns before, divided by `largest`; becomes the errors e_j, likewise.
+        R: fp32 [n, n], upper triangular, the columns' part of R.
+        largest: what A and `pivots` are relative to.
         pivots: fp32 [n], R_jj / largest.
         groups: int64 [n], the group of each column.
         scales, lows, highs: fp32 [G, O], the grid of each group, its levels from low to high.
@@ -77,7 +78,8 @@ def choose_columns(
         R: fp32 [n, O], E H of these columns; becomes what is added to q.
         D: fp32 [n, O], the levels; becomes the new ones.
         E: fp32 [n, O], W - Q; kept up to date.
-        H: fp32 [n, n], symmetric, the columns' part of the damped Hessian. diagonal: fp32 [n], its diagonal.
+        H: fp32 [n, n], symmetric, the columns' part of the damped Hessian.
+        diagonal: fp32 [n], its diagonal.
         scale, low, high: fp32 [O], the group's grid.
         keep: the share of the way to the best real value that is taken.
     """
@@ -90,5 +92,5 @@ def choose_columns(
     E -= R
 
 
-# On CPUs; on a GPU, slowly.
+# On CPUs; on a GPU, slowly. Below so many columns a product's own overhead is larger than what it saves.
 TORCH = Columns(round_columns, choose_columns, most=16)

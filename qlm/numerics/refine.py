@@ -100,6 +100,7 @@ def refine(
     group = g_idx[order].long()
 
     # Transposed, so that a column is contiguous; levels instead of codes: q = scale * level.
+    # Copies: of a single group or output the transposed view is contiguous already, and S is changed below.
     S, Z = (t.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for t in (scale, zero_point))
     lows, highs = -Z, 2**bits - 1 - Z
     D = codes.T[order] - Z[group]

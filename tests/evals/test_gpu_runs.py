@@ -94,6 +94,7 @@ def test_a_report_after_every_run(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert list((tmp_path / "tmp").glob("finetune_speed-*")) == []
     assert report["optimizer"] == "adamw"
+    assert (report["gpu"], report["driver"]) == (None, None)
     assert len(report["runs"]["qlm"]) == 1
     assert report["runs"]["peer"] == []
     assert "step_ratio" not in report

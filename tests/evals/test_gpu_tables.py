@@ -1,6 +1,7 @@
 """evals/gpu_tables.py and what it is made of, on a CPU with a tiny shape: everything but the GPU's own times and memory."""
 
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -46,7 +47,9 @@ def evals() -> Iterator[SimpleNamespace]:
         "gpu_cells",
         "gpu_goals",
         "gpu_measure",
+        "gpu_tables",
         "gpu_tables_page",
+        "opt_page",
         "quantize_speed",
         "random_models",
     )
@@ -70,9 +73,10 @@ def test_all_parts(everything: tuple[dict[str, Any], Path]) -> None:
     assert summary["failed"] == [] == report["left_out"]
     measured = [row for row in rows.values() if row["ok"] is True]
     assert len(measured) == summary["ok"]
-    # float by two attentions, three quantized, each by two loops, with two batches; and two lengths by two attentions.
+    # float by two attentions, three quantized, each by two loops, with two batches; with three lengths too float by two attentions, and
+    # four frozen.
     count = {part: sum(row["part"] == part for row in measured) for part in ("goals", "inference", "training")}
-    assert count == {"goals": 6, "inference": 20, "training": 4}
+    assert count == {"goals": 6, "inference": 20, "training": 36}
     for row in rows.values():
         if row["ok"] is None:
             assert row["attention"] == "flash_attention_2"
@@ -81,6 +85,8 @@ def test_all_parts(everything: tuple[dict[str, Any], Path]) -> None:
             # Random weights know nothing.
             assert row["loss"] == pytest.approx(math.log(512), abs=0.2)
             assert 0 < row["batch_ms_best"] <= row["batch_ms"]
+            assert (row["base"] == "trained") == (row["weights"] == "float") == (row.get("page_batch_ms", 0) > 0)
+            assert (row["base"] == "frozen") == ("gradient" in row)
         elif row["part"] == "inference":
             assert 0 < row["step_ms_best"] <= row["step_ms"]
             assert row["peak_mib"] is None
@@ -106,6 +112,10 @@ def test_page(everything: tuple[dict[str, Any], Path]) -> None:
     first = next(row for row in rows if row["name"] == "inference tiny float eager growing batch 1 tokens 16")
     assert steps[2].startswith(f"| 1 | 16 | {first['step_ms']:.3g} | ")
     assert "- float, flash_attention_2: attn_implementation: " in page
+    assert "| eager | SDPA | frozen float | int8 | nf4 | gptq-4bit |" in page.partition("training: ms a batch")[2]
+    # Another shape than the page's.
+    assert "What training is" in page
+    assert "Beside" not in page
 
 
 def test_a_budget_that_is_spent(everything: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -115,11 +125,11 @@ def test_a_budget_that_is_spent(everything: tuple[dict[str, Any], Path], tmp_pat
     done = run(
         "gpu_tables", "--device", "cpu", "--shapes", "tiny", "--part", "training", "--seconds", "0", "--out", tmp_path
     )
-    assert last_line(done)["left_out"] == 6
-    assert "left out, the time being over: training tiny eager batch 2 tokens 16; " in done.stdout
+    assert last_line(done)["left_out"] == 42
+    assert "left out, the time being over: training tiny eager batch 1 tokens 16; " in done.stdout
     after = json.loads((tmp_path / "gpu_tables-cpu.json").read_text())
     assert after["rows"] == json.loads(before)["rows"]
-    assert len(after["left_out"]) == 6
+    assert len(after["left_out"]) == 42
 
 
 @NO_GPU
@@ -370,6 +380,133 @@ def test_the_kept_model_is_built_once(evals: SimpleNamespace) -> None:
     second = bench.model("tiny", "int8", "sdpa")
     assert second is not first
     assert bench.model("tiny", "float", "sdpa") is not first
+
+
+def test_all_shapes_have_the_pages_grid(evals: SimpleNamespace) -> None:
+    """And the ends of it first: for all shapes before anything between them."""
+    tables, bench = evals.gpu_tables, SimpleNamespace(dtype="float16")
+    shapes = ["opt-350m", "pythia-1.4b", "santacoder-1.1b"]
+    cells = list(tables.table_cells(bench, ["inference", "training"], shapes))
+    assert len({cell.name for cell in cells}) == len(cells)
+    # Four batches and four lengths, by five models in two loops and flash-attn in one; or five lengths, by seven.
+    assert len(cells) == 3 * (16 * 11 + 20 * 7)
+    first, rest = cells[: 3 * 4 * (11 + 7)], cells[3 * 4 * (11 + 7) :]
+    longest = {"inference": 1024, "training": 2048}
+    assert [cell.keys["shape"] for cell in first] == [shape for shape in shapes for _ in range(72)]
+    for cell in cells:
+        at_an_end = cell.keys["batch"] in (1, 8) and cell.keys["tokens"] in (128, longest[cell.keys["part"]])
+        assert at_an_end == any(cell is one for one in first)
+    for part, figures in (("inference", evals.opt_page.INFERENCE), ("training", evals.opt_page.TRAINING)):
+        assert {(cell.keys["batch"], cell.keys["tokens"]) for cell in cells if cell.keys["part"] == part} == set(
+            figures
+        )
+    # A model is built once for each half of a shape's part.
+    models = [(cell.keys["shape"], cell.keys["part"], cell.keys["weights"], cell.keys["attention"]) for cell in rest]
+    assert sum(a != b for a, b in itertools.pairwise(models)) + 1 == len(set(models))
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ff]lash", "ignore:Both fused")
+@pytest.mark.parametrize("weights", ["float", "int8", "nf4", "gptq-4bit"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_frozen_base(family: str, weights: str, evals: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the embedding's output is the loss's slope; no weight gets one, and none stays frozen."""
+    measure = evals.gpu_measure
+    monkeypatch.setitem(
+        evals.quantize_speed.SHAPES, "small", SHAPES[family] if family != "opt" else evals.quantize_speed.SHAPES["tiny"]
+    )
+    bench, seen, embedded = measure.Bench("cpu"), [], measure.embedded
+
+    def kept(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(embedded(model, ids))
+        return seen[-1]
+
+    monkeypatch.setattr(measure, "embedded", kept)
+    with ops.float_activations():
+        found = measure.measure_training(bench, "small", "sdpa", 2, 16, 1, weights=weights, base="frozen")
+        assert found["gradient"] == "of the embedding's output"
+        assert "page_batch_ms" not in found
+        model = bench.model("small", weights, "sdpa")
+        assert all(parameter.grad is None for parameter in model.parameters())
+        asking = [parameter.requires_grad for name, parameter in model.named_parameters() if not in_block(name)]
+        assert asking
+        assert all(asking)
+        # Dropout was on there and is off here: another gradient of the same kind.
+        ids = bench.ids(model, 2, 16)
+        x = embedded(model, ids)
+        model(inputs_embeds=x, labels=ids).loss.backward()
+        assert x.grad is not None
+        if weights != "int8":  # whose rounded inputs make stairs of the loss
+            step = 1e-2 * x.grad / x.grad.norm()
+            with torch.no_grad():
+                up, down = (model(inputs_embeds=x + sign * step, labels=ids).loss.double() for sign in (1, -1))
+            assert (up - down).item() / 2e-2 == pytest.approx(x.grad.norm().item(), rel=0.05)
+        cosine = torch.nn.functional.cosine_similarity(seen[-1].grad.flatten(), x.grad.flatten(), dim=0)
+        assert cosine > 0.2
+
+
+def test_a_gradient_that_does_not_arrive(evals: SimpleNamespace) -> None:
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(evals.gpu_measure.Differs, match="is not there"):
+        evals.gpu_measure.need_gradient(x)
+    (x * float("inf")).sum().backward()
+    with pytest.raises(evals.gpu_measure.Differs, match="is not finite"):
+        evals.gpu_measure.need_gradient(x)
+
+
+def test_the_pages_figures(evals: SimpleNamespace) -> None:
+    """Its percentages are of unrounded figures: memory's agree with the others to the last digit, times of three digits nearly."""
+    page = evals.opt_page
+    assert len(page.TRAINING) == 20
+    assert len(page.INFERENCE) == 16
+    for (batch, tokens), one in (*page.TRAINING.items(), *page.INFERENCE.items()):
+        if one.eager_ms is None:
+            assert (one.eager_mb, one.faster, one.saved) == (None, None, None)
+            assert page.TRAINING[batch, tokens // 2].sdpa_mb == one.sdpa_mb
+            assert (batch, tokens) in page.REPEATED
+            continue
+        assert page.percent(one.eager_mb, one.sdpa_mb) == pytest.approx(one.saved, abs=0.01)
+        half = 0.5 if one in page.TRAINING.values() else 0.0005
+        low, high = (page.percent(one.eager_ms - s * half, one.sdpa_ms + s * half) for s in (1, -1))
+        assert low - 0.01 <= one.faster <= high + 0.01
+    # More tokens take no less memory.
+    for table in (page.TRAINING, page.INFERENCE):
+        for (batch, tokens), one in table.items():
+            assert one.sdpa_mb >= table.get((batch, tokens // 2), one).sdpa_mb
+
+
+def test_beside_the_page(evals: SimpleNamespace) -> None:
+    common = {"shape": "opt-350m", "dtype": "float16", "weights": "float", "batch": 1, "ok": True}
+    decoded = {**common, "part": "inference", "tokens": 128, "peak_mib": 1000.0}
+    trained = {**common, "part": "training", "base": "trained", "tokens": 2048, "batch": 8}
+    rows = [
+        {**decoded, "attention": "eager", "loop": "growing", "prefill_ms": 10.0, "step_ms": 5.0},
+        {**decoded, "attention": "sdpa", "loop": "growing", "prefill_ms": 8.0, "step_ms": 4.0},
+        {**decoded, "attention": "sdpa", "loop": "recorded", "prefill_ms": 1.0, "step_ms": 1.0, "peak_mib": None},
+        {**trained, "attention": "sdpa", "page_batch_ms": 61.0, "page_peak_mib": 8000.0, "batch_ms": 1.0, "peak_mib": 1.0},
+        {**trained, "attention": "eager", "ok": None, "not_run": "out of memory"},
+        # None of these is on the page.
+        {**decoded, "tokens": 256, "weights": "int8", "attention": "sdpa", "loop": "growing", "prefill_ms": 1.0, "step_ms": 1.0},
+        {**decoded, "tokens": 512, "dtype": "float32", "attention": "sdpa", "loop": "growing", "prefill_ms": 1.0, "step_ms": 1.0},
+        {**decoded, "tokens": 1024, "shape": "pythia-1.4b", "attention": "sdpa", "loop": "growing", "prefill_ms": 1.0, "step_ms": 1.0},
+    ]  # fmt: skip
+    text = "\n".join(evals.opt_page.comparison(rows))
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    # (10 + 99 * 5) / 100 and so on: 5.05, 4.04 and 1; over 11.634 and 8.647.
+    assert lines == [
+        "| 1 | 128 | 11.6 | 8.65 | 34.5 | 5.05 | 4.04 | 1 | 25 | 0.434 | 0.467 | 0.116 |",
+        "| 1 | 128 | 718 | 718 | 0 | 1049 | 1049 | - | 0 | 1.46 | 1.46 | - |",
+        "| 8 | 2048 | oom | 122\\* | - | - | 61 | - | - | 0.5 |",
+        "| 8 | 2048 | oom | 8821\\* | - | - | 8389 | - | - | 0.951 |",
+    ]
+    assert evals.opt_page.comparison(rows[5:]) == []
+
+
+def test_a_finetuning_report_names_the_driver(evals: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = evals.finetune_speed
+    assert speed.machine_of("cpu") == {"gpu": None, "driver": None, "cuda": None}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "G")
+    monkeypatch.setattr(speed, "driver_version", lambda: "580.1")
+    assert speed.machine_of("cuda") == {"gpu": "G", "driver": "580.1", "cuda": torch.version.cuda}
 
 
 def test_goals(evals: SimpleNamespace) -> None:

@@ -78,6 +78,8 @@ def test_versions(wheels: Any, wheel: Path) -> None:
     """By another way to write the name; of what the wheel asks for."""
     constraints = (ROOT / "constraints.txt").read_text()
     assert f"\nruamel.yaml=={wheels.version_of('ruamel-yaml')}\n" in constraints
+    assert all(f"\n{name}=={wheels.version_of(name)}\n" in constraints for name in ("bitsandbytes", "optimum-quanto"))
+    assert all(wheels.version_of(name) for name in wheels.PACKAGES)
     with pytest.raises(wheels.Refused, match=r"nothing: not in constraints\.txt"):
         wheels.version_of("nothing")
     assert wheels.required(wheel, "other-core") == "2.5"

@@ -4,7 +4,9 @@ Functions named `check_...` run in the process that interprets (`interpreted.py`
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -172,3 +174,33 @@ def check_op() -> None:
 
 def test_op(interpreted: Callable[..., Any]) -> None:
     interpreted(check_op)
+
+
+def check_backward(symmetric: bool) -> None:
+    """The gradient's weight comes from the kernel: it has the interpreter's bfloat16. That x was rounded leaves no trace."""
+    codes, scale, row_sum, bias = weights(48, 160)
+    exact = codes.double() * scale.double()
+    for dtype, tolerance in zip(DTYPES, (1e-6, 1e-3, 1e-2), strict=True):
+        x, own_bias = (t.to(dtype, copy=True).requires_grad_() for t in (random(2, 5, 160), bias))
+        upstream = random(2, 5, 48, seed=5).to(dtype)
+        y = ops.int8_linear(x, codes, scale, row_sum, own_bias, symmetric)
+        with (
+            mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: tensor.dtype == torch.int8)),
+            mock.patch.object(cuda_ops, "_gpu_of", return_value=AMPERE),
+            mock.patch.object(cuda_ops, "int8_weight", wraps=cuda_ops.int8_weight) as made,
+            mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
+        ):
+            y.backward(upstream)
+        assert made.call_count == 1
+        assert x.grad is not None
+        assert x.grad.dtype == dtype
+        assert torch.equal(x.grad, upstream @ cut(codes * scale, dtype)), dtype
+        expected = upstream.double() @ exact
+        assert (x.grad.double() - expected).abs().max() < tolerance * expected.abs().max(), dtype
+        assert own_bias.grad is not None
+        torch.testing.assert_close(own_bias.grad, upstream.float().sum((0, 1)).to(dtype))
+
+
+@SYMMETRIC
+def test_backward(symmetric: bool, interpreted: Callable[..., Any]) -> None:
+    interpreted(check_backward, symmetric)

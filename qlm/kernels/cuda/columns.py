@@ -20,8 +20,9 @@ _OUTPUTS = 32
 def round_columns(
     W: Tensor, A: Tensor, R: Tensor, largest: float, pivots: Tensor, groups: Tensor, scales: Tensor, lows: Tensor, highs: Tensor, Q: Tensor,
 ) -> None:  # fmt: skip
-    """`numerics.columns.round_columns`, of at most `MOST` columns. All but R are contiguous."""
+    """`numerics.columns.round_columns`, of at most `MOST` columns. All but R are contiguous. Where anything is NaN or infinite, A tells."""
     count, outputs = W.shape
+    assert count <= MOST
     assert all(t.is_contiguous() for t in (W, A, pivots, groups, scales, lows, highs, Q))
     _round[(triton.cdiv(outputs, _OUTPUTS),)](
         W, A, R, pivots, groups, scales, lows, highs, Q, outputs, *R.stride(), 1 / largest,
@@ -34,6 +35,7 @@ def choose_columns(
 ) -> None:
     """`numerics.columns.choose_columns`, of at most `MOST` columns. All but H are contiguous."""
     count, outputs = R.shape
+    assert count <= MOST
     assert all(t.is_contiguous() for t in (R, D, E, diagonal, scale, low, high))
     _choose[(triton.cdiv(outputs, _OUTPUTS),)](
         R, D, E, H, diagonal, scale, low, high, outputs, *H.stride(), keep, COLUMNS=count, OUTPUTS=_OUTPUTS, num_warps=1
@@ -61,7 +63,7 @@ def _round(  # type: ignore[no-untyped-def]
         scale = tl.load(scales + place, mask=inside, other=1.0)
         low = tl.load(lows + place, mask=inside, other=0.0)
         high = tl.load(highs + place, mask=inside, other=0.0)
-        level = nearest_level((w + a / pivot) / scale, low, high)
+        level = nearest_level(tl.div_rn(w + tl.div_rn(a, pivot), scale), low, high)
         error = w - level * scale
         errors, sums, codes = errors + (error,), sums + (a + error * pivot,), codes + (level - low,)  # type: ignore[assignment]  # noqa: RUF005
     # Behind all loads, which would have to wait for them: for all that the compiler knows, they lie in the same memory.
@@ -86,7 +88,7 @@ def _choose(  # type: ignore[no-untyped-def]
         for i in tl.static_range(j):
             r -= moves[i] * tl.load(H + i * row + j * column)
         d = tl.load(D + j * outputs + output, mask=inside, other=0.0)
-        best = r / scale * (keep / tl.load(diagonal + j)) + d
+        best = tl.div_rn(r, scale) * (keep / tl.load(diagonal + j)) + d
         level = nearest_level(best, low, high)
         move = (level - d) * scale
         error = tl.load(E + j * outputs + output, mask=inside, other=0.0) - move
