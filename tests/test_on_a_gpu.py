@@ -103,7 +103,7 @@ def test_memory(
     """A block, one side's activations and a solver's matrices, whatever the depth; what the plan says, and not much less."""
     # As many tokens for each input as OPT-6.7B has with 128 windows of 2048, so that everything is in proportion.
     for module in (stream, plan_module):
-        monkeypatch.setattr(module, "BATCH_TOKENS", 128)
+        monkeypatch.setattr(module, "BATCH_TOKENS", 128 if way == "gptq" else 256)
     for module, name in ((refine, "STRENGTH_CHUNK"), (smoothing, "SAMPLE_TOKENS"), (smooth, "MOST_OUTPUTS")):
         monkeypatch.setattr(module, name, 64)
     backend, _, rest = way.partition(" ")
