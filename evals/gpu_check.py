@@ -622,7 +622,7 @@ def check_columns(order: str, device: str) -> Result:
     from qlm.numerics.refine import refine
 
     the_gpu(device)
-    found = cuda_ops.columns(torch.device(device, torch.device(device).index or 0))
+    found = cuda_ops.columns(torch.device("cuda", torch.device(device).index or 0))
     assert found is not None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2048, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
