@@ -13,6 +13,10 @@ LEGEND = """A step gives every sequence of the batch one token, by greedy choice
 fixed shape (a CUDA graph on a GPU), the others transformers' forward pass with a cache that grows, in the same loop. A training step is a
 forward pass with its loss and a backward pass, without an optimizer, dropout as configured. Memory is the most that torch had allocated,
 weights included. Quantized models run SDPA. "oom": out of memory; "-": not measured."""
+TRAINING = """By its attention: float weights that are all trained, a forward pass with its loss, cross entropy, and a backward pass. By its weights: a
+frozen base. No weight gets a gradient, and the backward pass goes through all blocks to the output of the input embedding, what an adapter
+in the first block needs without its own products. Quantized weights know no other training; "frozen float" is theirs to compare with.
+flash-attn has no wheel that could be carried to a machine without a network: without a column of it here nothing of it has been measured."""
 
 
 def number(value: float | None) -> str:
@@ -121,4 +125,6 @@ def page(report: dict[str, Any]) -> str:
         parts.append("Not there, and why:\n\n" + "\n".join(f"- {note}" for note in notes))
     if report["left_out"]:
         parts.append(f"Left out, the time being over: {len(report['left_out'])} cells.")
+    if any(row["part"] == "training" for row in rows):
+        parts += ["## What training is", TRAINING]
     return "\n\n".join(parts) + "\n"

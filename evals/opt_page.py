@@ -78,11 +78,6 @@ INFERENCE = {
     (8, 1024): Figures(15.181, 11.175, 35.848, 2634.98, 2443.35, 7.843),
 }
 
-HOW = """By its attention: float weights that are all trained, a forward pass with its loss, cross entropy, and a backward pass. By its weights: a
-frozen base. No weight gets a gradient, and the backward pass goes through all blocks to the output of the input embedding, what an adapter
-in the first block needs without its own products. Quantized weights know no other training; "frozen float" is theirs to compare with.
-flash-attn has no wheel that could be carried to a machine without a network: without a column of it here nothing of it has been measured."""
-
 ALIKE = f"""The page's figures are of an L40S with torch 2.4.0, ours of the machine above: ours over the page's says what both, machine and
 software, come to. "Faster" and "saved" are the page's: (eager / SDPA - 1) * 100. Inference: the page times `generate` of {NEW} new tokens,
 greedy, prompt included, by the GPU's clock, and divides by {NEW}, whatever the batch; the mean of 50. Ours is counted alike, (prefill +
@@ -191,8 +186,5 @@ def comparison(rows: Sequence[Row]) -> list[str]:
 
 
 def full_page(report: dict[str, Any]) -> str:
-    """gpu_tables_page's, then what training is, then ours beside the page's."""
-    parts = [plain_page(report).rstrip("\n")]
-    if any(row["part"] == "training" for row in report["rows"]):
-        parts += ["## What training is", HOW]
-    return "\n\n".join([*parts, *comparison(report["rows"])]) + "\n"
+    """gpu_tables_page's, then ours beside the page's."""
+    return "\n\n".join([plain_page(report).rstrip("\n"), *comparison(report["rows"])]) + "\n"

@@ -1,9 +1,8 @@
 """Text from a prompt: a model's logits, options on them, a token of each sequence, and its text, again and again.
 
-Tokens are those of transformers' `model.generate` for the same settings and seed, where the cache grows as theirs does; steps of fixed
-shape add up in another order. But an option that is
-not given means "off": neither a model's generation_config (what its folder says about sampling) counts, nor
-transformers' own defaults (top_k 50).
+Tokens are those of transformers' `model.generate` for the same settings and seed, where the cache grows as theirs does; steps
+of fixed shape add up in another order. But an option that is not given means "off": neither a model's generation_config
+(what its folder says about sampling) counts, nor transformers' own defaults (top_k 50).
 
 What it refuses: a prompt that leaves no room in the model's positions, more new tokens than there is room for, options
 that contradict each other, and logits that are NaN or infinite (a sampler would draw from garbage).

@@ -169,19 +169,16 @@ def columns(device: torch.device) -> tuple[Callable[..., None], Callable[..., No
     None for a CPU, and where the kernels do not compute (`why_not`). Raises Unavailable as `why_not`."""
     if device.type != "cuda" or _gpu(device.index) is None:
         return None
-    return round_columns, choose_columns, kernels("columns").MOST
 
+    def there(kernel: Callable[..., None]) -> Callable[..., None]:
+        def launch(*arguments: Any) -> None:
+            with torch.cuda.device(device):
+                kernel(*arguments)
 
-def round_columns(W: Tensor, *others: Any) -> None:
-    """As `kernels.cuda.columns.round_columns`, on W's device."""
-    with torch.cuda.device(W.device):
-        kernels("columns").round_columns(W, *others)
+        return launch
 
-
-def choose_columns(R: Tensor, *others: Any) -> None:
-    """As `kernels.cuda.columns.choose_columns`, on R's device."""
-    with torch.cuda.device(R.device):
-        kernels("columns").choose_columns(R, *others)
+    loops = kernels("columns")
+    return there(loops.round_columns), there(loops.choose_columns), loops.MOST
 
 
 # int8 -----------------------------------------------------------------------------------------------------------------

@@ -296,11 +296,6 @@ def gptq(
             repaired = repaired + torch.linalg.solve_triangular(corner, A[members].T, upper=True, left=False).T
         set_grid(start // group_size, repaired, pivots[members].square())
 
-    def round_columns(part: slice) -> None:
-        columns.round(
-            W[part], A[part], R[part, part], largest, pivots[part], groups[part], scales, lows, highs, Q[part]
-        )
-
     # Groups that are formed along the order end where a half ends, so that a group begins when all before it is done.
     unit = I if static else group_size
 
@@ -310,7 +305,9 @@ def gptq(
         if not static and start % group_size == 0 and stop - start == group_size:
             enter_group(start, stop)
         if stop - start <= min(columns.most, unit):
-            return round_columns(slice(start, stop))
+            part = slice(start, stop)
+            grids = groups[part], scales, lows, highs
+            return columns.round(W[part], A[part], R[part, part], largest, pivots[part], *grids, Q[part])
         middle = (start + stop) // 2
         if stop - start > unit:
             middle -= middle % unit
